@@ -1,0 +1,133 @@
+"""Layers of PyTorch that Jittor 1.3.11 lacks or computes otherwise, with PyTorch's arithmetic.
+
+Jittor's BatchNorm and LayerNorm take the variance as E[x²] - E[x]², which loses digits where the mean is large
+beside the spread (2e-4 at a ratio of 20); its BatchNorm keeps the biased variance; its AdaptiveAvgPool2d cuts
+windows of equal size, which is wrong for, say, 9 -> 7. Shapes are (B, C, H, W) unless a comment says otherwise.
+"""
+from functools import lru_cache
+
+import numpy as np
+from jittor_setup import jt
+from jittor import nn
+
+
+class BatchNorm2d(nn.Module):
+    """torch.nn.BatchNorm2d: variance in two passes, running_var unbiased, num_batches_tracked kept."""
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1):
+        super().__init__()
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = jt.ones(num_features)
+        self.bias = jt.zeros(num_features)
+        # Without stop_grad() the optimizer would train and decay the statistics.
+        self.running_mean = jt.zeros(num_features).stop_grad()
+        self.running_var = jt.ones(num_features).stop_grad()
+        self.num_batches_tracked = jt.array(np.zeros((), np.int32)).stop_grad()
+
+    def execute(self, x):
+        if not self.is_training():
+            scale = self.weight / jt.sqrt(self.running_var + self.eps)
+            shift = self.bias - self.running_mean * scale
+            return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+        mean = x.mean((0, 2, 3), keepdims=True)  # (1, C, 1, 1)
+        centred = x - mean
+        var = (centred * centred).mean((0, 2, 3), keepdims=True)  # (1, C, 1, 1)
+        count = x.numel() // x.shape[1]
+        if count < 2:
+            raise ValueError(f"BatchNorm2d in training needs more than one value per channel, got shape {x.shape}")
+        self.track(mean.reshape(-1), var.reshape(-1) * (count / (count - 1)))  # (C,), (C,)
+        scale = self.weight.reshape(1, -1, 1, 1) / jt.sqrt(var + self.eps)
+        return centred * scale + self.bias.reshape(1, -1, 1, 1)
+
+    def track(self, mean, unbiased_var):
+        """Move the running statistics (C,) a step of `momentum` towards the batch's."""
+        self.running_mean.update(self.running_mean + (mean - self.running_mean) * self.momentum)
+        self.running_var.update(self.running_var + (unbiased_var - self.running_var) * self.momentum)
+        self.num_batches_tracked.update(self.num_batches_tracked + 1)
+
+
+class LayerNorm(nn.Module):
+    """Weight, bias and eps of a LayerNorm over the last axis."""
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = jt.ones(dim)
+        self.bias = jt.zeros(dim)
+
+
+def channel_norm(x, weight, bias, eps):
+    """Normalise each pixel over its channels: torch's layer_norm on the axis C of x, in two passes."""
+    centred = x - x.mean(1, keepdims=True)  # (B, C, H, W)
+    var = (centred * centred).mean(1, keepdims=True)  # (B, 1, H, W)
+    return centred / jt.sqrt(var + eps) * weight.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
+
+
+def vector_norm(x, dim, keepdim):
+    """L2 norm. Where it is 0 its gradient is 0, as in PyTorch, not NaN."""
+    squares = (x * x).sum(dim, keepdims=keepdim)
+    return jt.sqrt(jt.maximum(squares, 1e-30))
+
+
+class AdaptiveAvgPool2d(nn.Module):
+    """torch.nn.AdaptiveAvgPool2d for a square output."""
+
+    def __init__(self, output_size):
+        super().__init__()
+        self.output_size = output_size
+
+    def execute(self, x):
+        return adaptive_avg_pool2d(x, (self.output_size, self.output_size))
+
+
+def adaptive_avg_pool2d(x, size):
+    """torch.nn.functional.adaptive_avg_pool2d: (B, C, H, W) -> (B, C, *size)."""
+    if tuple(size) == (1, 1):
+        return x.mean((2, 3), keepdims=True)  # (B, C, 1, 1)
+    return separable(x, pooling_matrix(x.shape[2], size[0]), pooling_matrix(x.shape[3], size[1]))
+
+
+def interpolate(x, size, mode, align_corners):
+    """torch.nn.functional.interpolate, mode "bilinear" with align_corners=False: (B, C, H, W) -> (B, C, *size)."""
+    if mode != "bilinear" or align_corners:
+        raise ValueError(f"interpolate: only bilinear with align_corners=False, got {mode}, {align_corners}")
+    return separable(x, bilinear_matrix(x.shape[2], size[0]), bilinear_matrix(x.shape[3], size[1]))
+
+
+def separable(x, rows, cols):
+    """rows @ x @ cols.T: (B, C, H, W), (h, H), (w, W) -> (B, C, h, w).
+
+    Pooling and interpolation are linear and act on each axis by itself. As two products with small constant
+    matrices they are exact to rounding, gradients included, with no scatter in the backward pass.
+    """
+    B, C, H, W = x.shape
+    h, w = rows.shape[0], cols.shape[0]
+    x = jt.matmul(x.reshape(B * C * H, W), jt.array(cols.T).stop_grad())  # (B*C*H, w)
+    x = x.reshape(B * C, H, w).transpose(1, 2).reshape(B * C * w, H)  # (B*C, H, w) -> (B*C, w, H) -> (B*C*w, H)
+    x = jt.matmul(x, jt.array(rows.T).stop_grad())  # (B*C*w, h)
+    return x.reshape(B, C, w, h).transpose(2, 3)  # (B, C, w, h) -> (B, C, h, w)
+
+
+@lru_cache(maxsize=None)
+def pooling_matrix(size, out_size):
+    """(out_size, size): output i is the mean of inputs floor(i*size/out_size) to ceil((i+1)*size/out_size) - 1."""
+    matrix = np.zeros((out_size, size), np.float32)
+    for i in range(out_size):
+        first, end = i * size // out_size, -(-(i + 1) * size // out_size)
+        matrix[i, first:end] = 1 / (end - first)
+    return matrix
+
+
+@lru_cache(maxsize=None)
+def bilinear_matrix(size, out_size):
+    """(out_size, size): output i samples the input at (i + 0.5) * size / out_size - 0.5, not below 0."""
+    matrix = np.zeros((out_size, size), np.float32)
+    scale = np.float32(size) / np.float32(out_size)
+    for i in range(out_size):
+        position = max(np.float32(i + 0.5) * scale - np.float32(0.5), np.float32(0))
+        low = min(int(position), size - 1)
+        high = min(low + 1, size - 1)
+        matrix[i, low] += 1 - (position - low)
+        matrix[i, high] += position - low
+    return matrix

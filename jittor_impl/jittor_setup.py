@@ -1,0 +1,90 @@
+"""Imports Jittor so that it starts everywhere: `from jittor_setup import jt`.
+
+Left to itself, Jittor 1.3.11 downloads oneDNN from a server of its own, dies where `nvcc` is installed without a
+usable GPU, downloads a CUDA toolkit where there is a GPU without `nvcc`, and compiles for minutes without a word.
+"""
+import ctypes
+import os
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+ONEDNN_PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")  # libmkldnn.so and its headers, on PyPI
+
+
+def notice(message):
+    print(f"jittor_setup: {message}", file=sys.stderr, flush=True)
+
+
+def replace_link(link, target):
+    """Point `link` at `target` in one step, so that a process that starts meanwhile never sees it missing."""
+    if link.is_symlink() and os.readlink(link) == str(target):
+        return
+    temporary = link.with_name(f"{link.name}.{os.getpid()}")
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+def provide_onednn():
+    """Put the oneDNN of this environment where Jittor looks for the one it would download.
+
+    Jittor's cache outlives an environment, so links are renewed at every start, not trusted.
+    """
+    home = Path(os.environ.get("JITTOR_HOME") or Path.home())
+    root = home / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp"
+    library = root / "lib" / "libmkldnn.so"
+    if library.exists() and not library.is_symlink():
+        return  # Jittor's own download
+    try:
+        files = [f for package in ONEDNN_PACKAGES for f in metadata.files(package)]
+    except metadata.PackageNotFoundError:
+        if not library.exists():
+            notice("oneDNN is not installed; Jittor will try to download it "
+                   "(pip install -r requirements-jittor.txt avoids that)")
+        return
+    # Link file by file: a whole environment's lib/ may hold a libstdc++ that Jittor must not link to.
+    for f in files:  # relative to site-packages, such as ../../../include/oneapi/dnnl/dnnl.h
+        for folder in ("lib", "include"):
+            if folder in f.parts and (".so" in f.name or f.suffix in (".h", ".hpp")):
+                link = root.joinpath(*f.parts[f.parts.index(folder):])
+                link.parent.mkdir(parents=True, exist_ok=True)
+                replace_link(link, Path(f.locate()).resolve())
+
+
+def cuda_device_count():
+    """Number of GPUs that the CUDA driver sees; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def choose_cuda():
+    """Turn Jittor's CUDA off, with a line of notice, unless there are both a GPU and a compiler for it."""
+    if "nvcc_path" in os.environ:
+        return
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    gpus = cuda_device_count()
+    if nvcc and not gpus:
+        notice("nvcc is installed but no CUDA GPU is usable: running on the CPU")
+    if gpus and not nvcc:
+        notice("there is a CUDA GPU but no nvcc to compile for it: running on the CPU")
+    if not (nvcc and gpus):
+        os.environ["nvcc_path"] = ""
+
+
+def import_jittor():
+    provide_onednn()
+    choose_cuda()
+    os.environ.setdefault("log_silent", "1")
+    os.environ.setdefault("FIX_TORCH_ERROR", "0")  # do not load torch where it happens to be installed
+    import jittor
+    return jittor
+
+
+jt = import_jittor()

@@ -1,0 +1,151 @@
+"""The layers that OverLoCK is built of. Shapes are (B, C, H, W) unless a comment says otherwise."""
+from jittor_setup import jt
+from jittor import nn
+from aligned_nn import AdaptiveAvgPool2d, BatchNorm2d, LayerNorm
+from aligned_nn import channel_norm, vector_norm
+
+# (kernel size, dilation) of the parallel branches beside a large kernel (UniRepLKNet, arXiv 2311.15599, section 3.1).
+DILATED_BRANCHES = {
+    5: ((3, 1), (3, 2)),
+    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
+    9: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4)),
+    11: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    19: ((5, 1), (7, 1), (9, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+}
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops a sample's whole branch with probability `drop_prob`."""
+
+    def __init__(self, drop_prob):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def execute(self, x):
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep = (jt.rand(x.shape[0], 1, 1, 1) >= self.drop_prob).float()
+        return x * keep / (1 - self.drop_prob)
+
+
+class SEModule(nn.Module):
+    """Squeeze-and-excitation: a gate per channel from the channel's mean over the map."""
+
+    def __init__(self, dim, reduction=8):
+        super().__init__()
+        inner_dim = max(16, dim // reduction)
+        self.proj = nn.Sequential(
+            AdaptiveAvgPool2d(1),
+            nn.Conv2d(dim, inner_dim, kernel_size=1),
+            nn.GELU(),
+            nn.Conv2d(inner_dim, dim, kernel_size=1),
+            nn.Sigmoid(),
+        )
+
+    def execute(self, x):
+        return x * self.proj(x)
+
+
+class LayerScale(nn.Module):
+    """A scale and a shift per channel. The weight has a depthwise 1x1 convolution's shape, as the official keys do."""
+
+    def __init__(self, dim, init_value):
+        super().__init__()
+        self.weight = jt.full((dim, 1, 1, 1), float(init_value))
+        self.bias = jt.zeros(dim)
+
+    def execute(self, x):
+        return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)
+
+
+class LayerNorm2d(LayerNorm):
+    """LayerNorm over the channels of each pixel."""
+
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-6)
+
+    def execute(self, x):
+        return channel_norm(x, self.weight, self.bias, self.eps)
+
+
+class GRN(nn.Module):
+    """Global Response Normalization (ConvNeXt V2, arXiv 2301.00808, section 3.2)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = jt.zeros(1, dim, 1, 1)
+        self.beta = jt.zeros(1, dim, 1, 1)
+
+    def execute(self, x):
+        gx = vector_norm(x, dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+        nx = gx / (gx.mean(dim=1, keepdims=True) + 1e-6)
+        return (self.gamma * nx + 1) * x + self.beta
+
+
+class ResDWConv(nn.Conv2d):
+    """3x3 depthwise convolution with a residual connection."""
+
+    def __init__(self, dim):
+        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
+
+    def execute(self, x):
+        return x + super().execute(x)
+
+
+def fuse_bn(conv, bn):
+    """Weight and bias of the convolution that equals `bn(conv(x))` in evaluation mode; `conv` has no bias."""
+    scale = bn.weight / jt.sqrt(bn.running_var + bn.eps)
+    return conv.weight * scale.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
+
+
+class DilatedReparamBlock(nn.Module):
+    """A large depthwise kernel and parallel dilated small ones (UniRepLKNet), each with its BatchNorm, summed.
+
+    `deploy=True` builds the merged form, one depthwise convolution with a bias.
+    """
+
+    def __init__(self, dim, kernel_size, deploy):
+        super().__init__()
+        self.lk_origin = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy)
+        self.branches = () if deploy else DILATED_BRANCHES[kernel_size]
+        if not deploy:
+            self.origin_bn = BatchNorm2d(dim)
+        for k, r in self.branches:
+            conv = nn.Conv2d(dim, dim, k, padding=r * (k // 2), dilation=r, groups=dim, bias=False)
+            setattr(self, f"dil_conv_k{k}_{r}", conv)
+            setattr(self, f"dil_bn_k{k}_{r}", BatchNorm2d(dim))
+
+    def execute(self, x):
+        if not self.branches:
+            return self.lk_origin(x)
+        out = self.origin_bn(self.lk_origin(x))
+        for k, r in self.branches:
+            conv, bn = getattr(self, f"dil_conv_k{k}_{r}"), getattr(self, f"dil_bn_k{k}_{r}")
+            out = out + bn(conv(x))
+        return out
+
+    @jt.no_grad()
+    def merge_dilated_branches(self):
+        """Merge all branches into `lk_origin`, for inference. Merging twice is harmless."""
+        if not self.branches:
+            return
+        dim, _, large_k, _ = self.lk_origin.weight.shape
+        weight, bias = fuse_bn(self.lk_origin, self.origin_bn)
+        for k, r in self.branches:
+            conv, bn = getattr(self, f"dil_conv_k{k}_{r}"), getattr(self, f"dil_bn_k{k}_{r}")
+            branch_weight, branch_bias = fuse_bn(conv, bn)
+            # A k x k kernel with dilation r is a dense one whose taps stand r apart around the same centre.
+            reach = r * (k // 2)
+            taps = slice(large_k // 2 - reach, large_k // 2 + reach + 1, r)
+            weight[:, :, taps, taps] += branch_weight
+            bias += branch_bias
+            delattr(self, f"dil_conv_k{k}_{r}")
+            delattr(self, f"dil_bn_k{k}_{r}")
+        del self.origin_bn
+        self.branches = ()
+        self.lk_origin = nn.Conv2d(dim, dim, large_k, padding=large_k // 2, groups=dim)
+        self.lk_origin.weight.assign(weight)
+        self.lk_origin.bias.assign(bias)

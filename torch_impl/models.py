@@ -1,0 +1,380 @@
+"""OverLoCK, an Overview-first-Look-Closely-next ConvNet (CVPR 2025, arXiv 2502.20087).
+
+Three sub-networks (paper, section 3.1):
+
+    image -> Base-Net (patch_embed1-3, blocks1-3) -+-> x, the mid-level features at stride 16
+                                                   |
+             Overview-Net (patch_embed4, blocks4) <-+-> ctx, the coarse overview of the scene at stride 32
+                                                   |
+             Focus-Net (sub_blocks3, patch_embedx, sub_blocks4): looks at x again, guided by ctx
+
+Every state-dict key and shape is that of the official implementation, so its checkpoints load strictly.
+Shapes are (B, C, H, W) unless a comment says otherwise.
+"""
+from functools import lru_cache
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import AdaptiveAvgPool2d, BatchNorm2d
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import linear
+
+from layers import GRN, DilatedReparamBlock, DropPath, LayerNorm2d, LayerScale, ResDWConv, SEModule
+from ops import na2d_av
+
+# Base-Net and Overview-Net have four stages, Focus-Net ("sub") two.
+VARIANTS = {
+    "overlock_xxt": dict(depth=(1, 1, 2, 1), sub_depth=(3, 1), embed_dim=(24, 48, 96, 128), kernel_size=(13, 11, 9, 7),
+                         mlp_ratio=(2, 2, 2, 2), sub_num_heads=(1, 2), sub_mlp_ratio=(2, 2), projection=256),
+    "overlock_xt": dict(depth=(2, 2, 3, 2), sub_depth=(6, 2), embed_dim=(56, 112, 256, 336), kernel_size=(17, 15, 13, 7),
+                        mlp_ratio=(4, 4, 4, 4), sub_num_heads=(4, 6), sub_mlp_ratio=(3, 3), projection=1024),
+    "overlock_t": dict(depth=(4, 4, 6, 2), sub_depth=(12, 2), embed_dim=(64, 128, 256, 512), kernel_size=(17, 15, 13, 7),
+                       mlp_ratio=(4, 4, 4, 4), sub_num_heads=(4, 8), sub_mlp_ratio=(3, 3), projection=1024),
+    "overlock_s": dict(depth=(6, 6, 8, 3), sub_depth=(16, 3), embed_dim=(64, 128, 320, 512), kernel_size=(17, 15, 13, 7),
+                       mlp_ratio=(4, 4, 4, 4), sub_num_heads=(8, 16), sub_mlp_ratio=(3, 3), projection=1024),
+    "overlock_b": dict(depth=(8, 8, 10, 4), sub_depth=(20, 4), embed_dim=(80, 160, 384, 576), kernel_size=(17, 15, 13, 7),
+                       mlp_ratio=(4, 4, 4, 4), sub_num_heads=(6, 9), sub_mlp_ratio=(3, 3), projection=1024),
+}
+
+
+def stem(in_chans, embed_dim):
+    """(B, in_chans, H, W) -> (B, embed_dim, H/4, W/4)."""
+    return nn.Sequential(
+        nn.Conv2d(in_chans, embed_dim // 2, kernel_size=3, stride=2, padding=1, bias=False),
+        BatchNorm2d(embed_dim // 2),
+        nn.GELU(),
+        nn.Conv2d(embed_dim // 2, embed_dim // 2, kernel_size=3, padding=1, bias=False),
+        BatchNorm2d(embed_dim // 2),
+        nn.GELU(),
+        nn.Conv2d(embed_dim // 2, embed_dim, kernel_size=3, stride=2, padding=1, bias=False),
+        BatchNorm2d(embed_dim),
+        nn.GELU(),
+        nn.Conv2d(embed_dim, embed_dim, kernel_size=3, padding=1, bias=False),
+        BatchNorm2d(embed_dim),
+    )
+
+
+def downsample(in_dim, out_dim):
+    """(B, in_dim, H, W) -> (B, out_dim, H/2, W/2)."""
+    return nn.Sequential(
+        nn.Conv2d(in_dim, out_dim, kernel_size=3, stride=2, padding=1, bias=False),
+        BatchNorm2d(out_dim),
+    )
+
+
+class CTXDownsample(nn.Module):
+    """Between the two stages of Focus-Net: features and overview go to half the resolution."""
+
+    def __init__(self, dim, out_dim, ctx_dim):
+        super().__init__()
+        self.x_proj = downsample(dim, out_dim)
+        self.h_proj = downsample(ctx_dim, ctx_dim)
+
+    def forward(self, x, ctx):
+        return self.x_proj(x), self.h_proj(ctx)
+
+
+class RepConvBlock(nn.Module):
+    """The block of Base-Net and Overview-Net (paper, figure 3)."""
+
+    def __init__(self, dim, kernel_size, mlp_ratio, ls_init_value, drop_path, deploy):
+        super().__init__()
+        mlp_dim = int(dim * mlp_ratio)
+        self.dwconv = ResDWConv(dim)
+        self.proj = nn.Sequential(
+            LayerNorm2d(dim),
+            DilatedReparamBlock(dim, kernel_size, deploy),
+            BatchNorm2d(dim),
+            SEModule(dim),
+            nn.Conv2d(dim, mlp_dim, kernel_size=1),
+            nn.GELU(),
+            ResDWConv(mlp_dim),
+            GRN(mlp_dim),
+            nn.Conv2d(mlp_dim, dim, kernel_size=1),
+            DropPath(drop_path),
+        )
+        self.ls = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value)
+
+    def forward(self, x):
+        x = self.dwconv(x)
+        return self.ls(x) + self.proj(x)
+
+
+@lru_cache(maxsize=None)
+def relative_position_index(height, width, kernel_size):
+    """Where in a (2K-1, 2K-1) table stands the bias of each neighbour of each pixel (K = kernel_size).
+
+    The window of a pixel is shifted at the borders, not clipped, so its first row lies between 0 and K-1 rows
+    above the pixel. Returns integers of shape (height, width, K*K), each below (2K-1)**2.
+    """
+    def offsets(size):
+        i = np.arange(size)
+        first = np.clip(i - kernel_size // 2, 0, size - kernel_size)
+        return (first - i + kernel_size - 1)[:, None] + np.arange(kernel_size)  # (size, K)
+
+    rows = offsets(height)[:, None, :, None] * (2 * kernel_size - 1)  # (H, 1, K, 1)
+    cols = offsets(width)[None, :, None, :]  # (1, W, 1, K)
+    return (rows + cols).reshape(height, width, kernel_size**2)  # (H, W, K, K) -> (H, W, K*K)
+
+
+class DynamicConvBlock(nn.Module):
+    """The block of Focus-Net: context-mixing dynamic convolution, ContMix (paper, section 3.2).
+
+    Half of the heads apply a dynamic kernel of `smk_size`, half one of `kernel_size`. The kernel at a pixel is
+    a mixture, by the affinity of the pixel (query) to the 7x7 regions of the overview (key), of learned kernels.
+    """
+
+    def __init__(self, dim, ctx_dim, kernel_size, smk_size, num_heads, mlp_ratio, ls_init_value, drop_path,
+                 is_first, is_last, deploy):
+        super().__init__()
+        out_dim = dim + ctx_dim
+        mlp_dim = int(dim * mlp_ratio)
+        self.dims = (dim, ctx_dim)
+        self.kernel_size = kernel_size
+        self.smk_size = smk_size
+        self.num_heads = num_heads * 2
+        self.scale = (dim // self.num_heads) ** -0.5
+        self.is_first = is_first
+        self.is_last = is_last
+
+        if not is_first:
+            self.x_scale = LayerScale(ctx_dim, 1)
+            self.h_scale = LayerScale(ctx_dim, 1)
+        self.dwconv1 = ResDWConv(out_dim)
+        self.norm1 = LayerNorm2d(out_dim)
+        self.fusion = nn.Sequential(
+            nn.Conv2d(out_dim, out_dim, kernel_size=3, padding=1, groups=out_dim),
+            BatchNorm2d(out_dim),
+            nn.GELU(),
+            nn.Conv2d(out_dim, dim, kernel_size=1),
+            GRN(dim),
+        )
+        self.weight_query = nn.Sequential(
+            nn.Conv2d(dim, dim // 2, kernel_size=1, bias=False),
+            BatchNorm2d(dim // 2),
+        )
+        self.weight_key = nn.Sequential(
+            AdaptiveAvgPool2d(7),
+            nn.Conv2d(ctx_dim, dim // 2, kernel_size=1, bias=False),
+            BatchNorm2d(dim // 2),
+        )
+        self.weight_proj = nn.Conv2d(7 * 7, kernel_size**2 + smk_size**2, kernel_size=1)
+        self.dyconv_proj = nn.Sequential(
+            nn.Conv2d(dim, dim, kernel_size=1, bias=False),
+            BatchNorm2d(dim),
+        )
+        self.lepe = nn.Sequential(
+            DilatedReparamBlock(dim, kernel_size, deploy),
+            BatchNorm2d(dim),
+        )
+        self.se_layer = SEModule(dim)
+        self.gate = nn.Sequential(
+            nn.Conv2d(dim, dim, kernel_size=1, bias=False),
+            BatchNorm2d(dim),
+            nn.SiLU(),
+        )
+        self.proj = nn.Sequential(
+            BatchNorm2d(dim),
+            nn.Conv2d(dim, out_dim, kernel_size=1),
+        )
+        self.dwconv2 = ResDWConv(out_dim)
+        self.norm2 = LayerNorm2d(out_dim)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(out_dim, mlp_dim, kernel_size=1),
+            nn.GELU(),
+            ResDWConv(mlp_dim),
+            GRN(mlp_dim),
+            nn.Conv2d(mlp_dim, out_dim, kernel_size=1),
+        )
+        self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value)
+        self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value)
+        self.drop_path = DropPath(drop_path)
+        self.rpb1 = nn.Parameter(torch.zeros(self.num_heads, 2 * smk_size - 1, 2 * smk_size - 1))
+        self.rpb2 = nn.Parameter(torch.zeros(self.num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
+
+    def forward(self, x, h_x, h_r):
+        """x (B, dim, H, W) features, h_x (B, ctx_dim, H, W) running and h_r initial overview -> new x, h_x."""
+        if not self.is_first:
+            h_x = self.x_scale(h_x) + self.h_scale(h_r)
+        x_f = self.dwconv1(torch.cat([x, h_x], dim=1))  # (B, dim + ctx_dim, H, W)
+        identity = x_f
+        x_f = self.norm1(x_f)
+        x = self.fusion(x_f)  # (B, dim, H, W)
+        gate = self.gate(x)
+        lepe = self.lepe(x)
+
+        x = self.dynamic_conv(x, x_f)
+        x = self.se_layer(self.dyconv_proj(x) + lepe)
+        x = self.ls1(identity) + self.drop_path(self.proj(gate * x))
+        x = self.dwconv2(x)
+        x = self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
+        if self.is_last:
+            return x, None
+        return torch.split(x, self.dims, dim=1)  # (B, dim, H, W), (B, ctx_dim, H, W)
+
+    def dynamic_conv(self, x, x_f):
+        """ContMix of the values x (B, dim, H, W), with kernels made from x_f (B, dim + ctx_dim, H, W)."""
+        B, C, H, W = x.shape
+        heads, k1, k2 = self.num_heads, self.smk_size, self.kernel_size
+        h, w = self.dynamic_conv_size(H, W)
+        if (h, w) != (H, W):
+            x = interpolate(x, size=(h, w), mode="bilinear", align_corners=False)  # (B, dim, h, w)
+            x_f = interpolate(x_f, size=(h, w), mode="bilinear", align_corners=False)
+
+        query, key = torch.split(x_f, self.dims, dim=1)
+        query = self.weight_query(query) * self.scale  # (B, dim/2, h, w)
+        key = self.weight_key(key)  # (B, dim/2, 7, 7)
+        query = query.reshape(B, heads, -1, h * w).transpose(2, 3)  # (B, heads, h*w, dim/2/heads)
+        key = key.reshape(B, heads, -1, 7 * 7)  # (B, heads, dim/2/heads, 49)
+        # The 1x1 convolution over the 49 affinities of a pixel is a linear map of the last axis.
+        weight = linear(query @ key, self.weight_proj.weight.flatten(1), self.weight_proj.bias)
+        weight = weight.reshape(B, heads, h, w, k1**2 + k2**2)  # (B, heads, h*w, k1² + k2²) -> (..., h, w, k1² + k2²)
+        attn1, attn2 = torch.split(weight, (k1**2, k2**2), dim=-1)
+        attn1 = torch.softmax(attn1 + self.position_bias(self.rpb1, h, w, k1), dim=-1)  # (B, heads, h, w, k1²)
+        attn2 = torch.softmax(attn2 + self.position_bias(self.rpb2, h, w, k2), dim=-1)  # (B, heads, h, w, k2²)
+
+        value = x.reshape(B, 2, heads, -1, h, w).permute(1, 0, 2, 4, 5, 3)  # (2, B, heads, h, w, dim/2/heads)
+        x1 = na2d_av(attn1, value[0], k1)
+        x2 = na2d_av(attn2, value[1], k2)
+        x = torch.cat([x1, x2], dim=1).permute(0, 1, 4, 2, 3)  # (B, 2*heads, dim/2/heads, h, w)
+        x = x.reshape(B, C, h, w)  # (B, dim, h, w)
+        return x if (h, w) == (H, W) else adaptive_avg_pool2d(x, (H, W))  # (B, dim, H, W)
+
+    def dynamic_conv_size(self, H, W):
+        """Size of the map for the dynamic convolution: at least the kernel, the aspect ratio (about) kept."""
+        K = self.kernel_size
+        if min(H, W) >= K:
+            return H, W
+        # Written as in the official code, for the same rounding; the max() mends 15 / 11 * 11, which it makes 14.
+        return (K, max(K, int(K / H * W))) if H < W else (max(K, int(K / W * H)), K)
+
+    def position_bias(self, rpb, h, w, kernel_size):
+        """Relative position bias, from rpb (heads, 2K-1, 2K-1) -> (heads, h, w, K*K)."""
+        return rpb.flatten(1)[:, relative_position_index(h, w, kernel_size)]
+
+
+class OverLoCK(nn.Module):
+    """The whole network. `depth` to `projection` are a row of VARIANTS.
+
+    Training mode returns dict(main=logits, aux=logits of the Overview-Net), evaluation the main logits;
+    (B, num_classes) each. num_classes=0 leaves both classifiers out and returns the pooled features.
+    `feature_dims` are the channels of what `features` returns.
+    """
+
+    def __init__(self, depth, sub_depth, embed_dim, kernel_size, mlp_ratio, sub_num_heads, sub_mlp_ratio, projection,
+                 in_chans=3, num_classes=1000, ls_init_value=(None, None, 1, 1), smk_size=5, drop_path_rate=0.0,
+                 deploy=False):
+        super().__init__()
+        ctx_dim = embed_dim[3] // 4
+        self.num_classes = num_classes
+        self.feature_dims = (embed_dim[0], embed_dim[1], embed_dim[2] + ctx_dim, embed_dim[3] + ctx_dim)
+        drop_path = iter(np.linspace(0, drop_path_rate, sum(depth) + sum(sub_depth)).tolist())
+
+        self.patch_embed1 = stem(in_chans, embed_dim[0])
+        self.patch_embed2 = downsample(embed_dim[0], embed_dim[1])
+        self.patch_embed3 = downsample(embed_dim[1], embed_dim[2])
+        self.patch_embed4 = downsample(embed_dim[2], embed_dim[3])
+        self.high_level_proj = nn.Conv2d(embed_dim[3], ctx_dim, kernel_size=1)
+        self.patch_embedx = CTXDownsample(embed_dim[2], embed_dim[3], ctx_dim)
+        for i in range(4):
+            setattr(self, f"blocks{i + 1}", nn.ModuleList([
+                RepConvBlock(embed_dim[i], kernel_size[i], mlp_ratio[i], ls_init_value[i], next(drop_path), deploy)
+                for _ in range(depth[i])]))
+        for i in (2, 3):
+            last = sub_depth[i - 2] - 1
+            setattr(self, f"sub_blocks{i + 1}", nn.ModuleList([
+                DynamicConvBlock(embed_dim[i], ctx_dim, kernel_size[i], smk_size, sub_num_heads[i - 2],
+                                 sub_mlp_ratio[i - 2], ls_init_value[i], next(drop_path),
+                                 is_first=i == 2 and j == 0, is_last=i == 3 and j == last, deploy=deploy)
+                for j in range(last + 1)]))
+        self.aux_head = nn.Sequential(
+            BatchNorm2d(embed_dim[3]),
+            AdaptiveAvgPool2d(1),
+            nn.Conv2d(embed_dim[3], num_classes, kernel_size=1) if num_classes > 0 else nn.Identity(),
+        )
+        self.head = nn.Sequential(
+            nn.Conv2d(embed_dim[3] + ctx_dim, projection, kernel_size=1, bias=False),
+            BatchNorm2d(projection),
+            nn.SiLU(),
+            AdaptiveAvgPool2d(1),
+            nn.Conv2d(projection, num_classes, kernel_size=1) if num_classes > 0 else nn.Identity(),
+        )
+        self.init_weights(seed=0)
+
+    def init_weights(self, seed):
+        """Draw every convolution's weight from N(0, 0.02²), by NumPy and by its name: the same bits in any framework.
+
+        The official trunc_normal_(std=.02) cuts at +-2, 100 standard deviations away, which is no cut at all.
+        Norms, LayerScale, GRN and position biases keep the constants of their constructors.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d):
+                generator = np.random.default_rng([seed, crc32(f"{name}.weight".encode())])
+                weight = 0.02 * generator.standard_normal(tuple(module.weight.shape))
+                module.weight.data.copy_(torch.from_numpy(weight.astype(np.float32)))
+                if module.bias is not None:
+                    module.bias.data.zero_()
+
+    def reparam(self):
+        """Merge the dilated branches of every block. Outputs in evaluation mode stay equal (up to rounding)."""
+        for module in self.modules():
+            if isinstance(module, DilatedReparamBlock):
+                module.merge_dilated_branches()
+
+    def stages(self, x):
+        """(B, in_chans, H, W) -> the maps at stride 4, 8, 16 and 32, and the overview at stride 32."""
+        x1 = self.patch_embed1(x)  # (B, embed_dim[0], H/4, W/4)
+        for block in self.blocks1:
+            x1 = block(x1)
+        x2 = self.patch_embed2(x1)  # (B, embed_dim[1], H/8, W/8)
+        for block in self.blocks2:
+            x2 = block(x2)
+        x3 = self.patch_embed3(x2)  # (B, embed_dim[2], H/16, W/16)
+        for block in self.blocks3:
+            x3 = block(x3)
+        overview = self.patch_embed4(x3)  # (B, embed_dim[3], H/32, W/32)
+        for block in self.blocks4:
+            overview = block(overview)
+
+        h_r = self.high_level_proj(overview)  # (B, ctx_dim, H/32, W/32)
+        h_up = interpolate(h_r, size=x3.shape[2:], mode="bilinear", align_corners=False)  # (B, ctx_dim, H/16, W/16)
+        h_x = h_up
+        for block in self.sub_blocks3:
+            x3, h_x = block(x3, h_x, h_up)
+        x4, h_x4 = self.patch_embedx(x3, h_x)
+        for block in self.sub_blocks4:
+            x4, h_x4 = block(x4, h_x4, h_r)
+        return x1, x2, torch.cat([x3, h_x], dim=1), x4, overview
+
+    def features(self, x):
+        """The four maps that a detector or a segmenter builds on: (B, feature_dims[i], H/2**(i+2), W/2**(i+2))."""
+        return self.stages(x)[:4]
+
+    def forward(self, x):
+        _, _, _, x, overview = self.stages(x)
+        main = self.head(x).flatten(1)  # (B, num_classes)
+        if not self.training:
+            return main
+        return dict(main=main, aux=self.aux_head(overview).flatten(1))
+
+
+def overlock_xxt(**kwargs):
+    return OverLoCK(**{**VARIANTS["overlock_xxt"], **kwargs})
+
+
+def overlock_xt(**kwargs):
+    return OverLoCK(**{**VARIANTS["overlock_xt"], **kwargs})
+
+
+def overlock_t(**kwargs):
+    return OverLoCK(**{**VARIANTS["overlock_t"], **kwargs})
+
+
+def overlock_s(**kwargs):
+    return OverLoCK(**{**VARIANTS["overlock_s"], **kwargs})
+
+
+def overlock_b(**kwargs):
+    return OverLoCK(**{**VARIANTS["overlock_b"], **kwargs})

@@ -1,0 +1,125 @@
+"""Operators that PyTorch lacks: na2d_av, neighbourhood attention's product of weights and values.
+
+Two implementations of one function. NATTEN's is what the official OverLoCK calls; ours needs nothing but
+PyTorch. On a CPU ours is the default, because NATTEN's CPU backward takes most of a training step.
+"""
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+try:
+    from natten.functional import na2d_av as natten_na2d_av
+except ImportError:  # Windows, a PyTorch without a NATTEN build, or a NATTEN that dropped the unfused operators
+    natten_na2d_av = None
+
+BACKENDS = ("auto", "natten", "dense")
+_backend = "auto"
+
+
+def set_na2d_backend(name):
+    """Choose who computes `na2d_av` from now on: "natten", "dense" (ours) or "auto" (NATTEN on a GPU if installed)."""
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"na2d backend {name!r} is not one of {', '.join(BACKENDS)}")
+    if name == "natten" and natten_na2d_av is None:
+        raise ValueError("NATTEN is not installed (pip install --no-build-isolation -r requirements-natten.txt)")
+    _backend = name
+
+
+def check_na2d_av(attn_shape, value_shape, kernel_size):
+    """Raise ValueError, with the shapes, unless they fit together as `na2d_av` describes."""
+    shapes = f"attn {tuple(attn_shape)}, value {tuple(value_shape)}, kernel_size {kernel_size}"
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"na2d_av: kernel_size must be a positive odd integer: {shapes}")
+    if len(attn_shape) != 5 or len(value_shape) != 5:
+        raise ValueError(f"na2d_av: attn and value must have 5 axes: {shapes}")
+    if tuple(attn_shape[:4]) != tuple(value_shape[:4]):
+        raise ValueError(f"na2d_av: attn and value must agree in (B, heads, H, W): {shapes}")
+    if attn_shape[4] != kernel_size**2:
+        raise ValueError(f"na2d_av: the last axis of attn must be kernel_size**2 = {kernel_size**2}: {shapes}")
+    if min(value_shape[2:4]) < kernel_size:
+        raise ValueError(f"na2d_av: the map must be at least as large as the kernel: {shapes}")
+
+
+def na2d_av(attn, value, kernel_size):
+    """Weighted sum of each pixel's kernel_size x kernel_size window (NATTEN 0.17's `na2d_av`; ContMix, eq. 3).
+
+    out[b, n, i, j, d] = sum over p, q < K of attn[b, n, i, j, p*K + q] * value[b, n, r(i) + p, c(j) + q, d],
+    where r(i) = clamp(i - K//2, 0, H - K) and c(j) likewise: at the borders the window is shifted, not clipped.
+
+    Args:
+        attn: (B, heads, H, W, K*K) weights; value: (B, heads, H, W, dim); kernel_size: K, odd, at most min(H, W).
+    Returns:
+        (B, heads, H, W, dim), differentiable in attn and value.
+    Raises:
+        ValueError: on shapes that do not fit together; the message names them.
+    """
+    check_na2d_av(attn.shape, value.shape, kernel_size)
+    if _backend == "natten" or _backend == "auto" and natten_na2d_av is not None and value.is_cuda:
+        return natten_na2d_av(attn.contiguous(), value.contiguous(), kernel_size)
+    return na2d_av_dense(attn, value, kernel_size)
+
+
+# A map up to this many pixels is one tile: a bigger matrix beats the copies that tiling needs.
+WHOLE_MAP = 400
+TILE = 8
+
+
+def tiling(size, kernel_size, whole):
+    """Cut an axis into tiles of equal length.
+
+    A tile of `tile` pixels reads `region` consecutive values, the union of its pixels' windows.
+    Returns tile, first value of each region (tiles,), and each pixel's window start within its region
+    (tiles, tile); the last tile may reach beyond the axis, its surplus pixels have zero weight.
+    """
+    tile = size if whole else min(TILE, size)
+    tiles = -(-size // tile)
+    region = min(size, tile + kernel_size - 1)
+    pixel = np.minimum(np.arange(tiles * tile), size - 1).reshape(tiles, tile)
+    window = np.clip(pixel - kernel_size // 2, 0, size - kernel_size)
+    first = np.clip(window[:, 0], 0, size - region)
+    return tile, region, first, window - first[:, None]
+
+
+@lru_cache(maxsize=64)
+def tile_indices(height, width, kernel_size, device):
+    """Everything about a map that does not depend on data: which values each tile reads, where each weight goes."""
+    whole = height * width <= WHOLE_MAP
+    tile_h, region_h, first_h, start_h = tiling(height, kernel_size, whole)
+    tile_w, region_w, first_w, start_w = tiling(width, kernel_size, whole)
+    offset = np.arange(kernel_size)
+    rows = (start_h[:, :, None] + offset)[:, None, :, None, :, None]  # (tiles_h, 1, tile_h, 1, K, 1)
+    cols = (start_w[:, :, None] + offset)[None, :, None, :, None, :]  # (1, tiles_w, 1, tile_w, 1, K)
+    column = rows * region_w + cols  # (tiles_h, tiles_w, tile_h, tile_w, K, K)
+    column = column.reshape(len(first_h) * len(first_w), tile_h * tile_w, kernel_size**2)
+    read_h = (first_h[:, None] + np.arange(region_h)).reshape(-1)  # (tiles_h * region_h,)
+    read_w = (first_w[:, None] + np.arange(region_w)).reshape(-1)
+    to = lambda array: torch.from_numpy(array).to(device)
+    return (tile_h, tile_w, region_h, region_w), to(read_h), to(read_w), to(column)
+
+
+def na2d_av_dense(attn, value, kernel_size):
+    """`na2d_av` as matrix products: a tile's weights, scattered into a (pixels, values) matrix, times its values.
+
+    A small map is one tile. A large one is cut into tiles, so that time and memory grow with its pixels.
+    """
+    B, heads, H, W, dim = value.shape
+    (tile_h, tile_w, region_h, region_w), read_h, read_w, column = tile_indices(H, W, kernel_size, value.device)
+    tiles_h, tiles_w = -(-H // tile_h), -(-W // tile_w)
+
+    if tiles_h * tiles_w > 1:
+        # Pixels beyond the map get zero weights.
+        attn = torch.nn.functional.pad(attn, (0, 0, 0, tiles_w * tile_w - W, 0, tiles_h * tile_h - H))
+        attn = attn.reshape(B, heads, tiles_h, tile_h, tiles_w, tile_w, -1).transpose(3, 4)
+        value = value.index_select(2, read_h).index_select(3, read_w)  # (B, heads, tiles*region_h, tiles*region_w, dim)
+        value = value.reshape(B, heads, tiles_h, region_h, tiles_w, region_w, dim).transpose(3, 4)
+    attn = attn.reshape(B, heads, tiles_h * tiles_w, tile_h * tile_w, -1)  # (B, heads, tiles, pixels, K*K)
+    value = value.reshape(B, heads, tiles_h * tiles_w, region_h * region_w, dim)  # (B, heads, tiles, values, dim)
+
+    matrix = attn.new_zeros(*attn.shape[:4], region_h * region_w)  # (B, heads, tiles, pixels, values)
+    matrix = matrix.scatter(-1, column.expand(*attn.shape), attn)
+    out = matrix @ value  # (B, heads, tiles, pixels, dim)
+    out = out.reshape(B, heads, tiles_h, tiles_w, tile_h, tile_w, dim).transpose(3, 4)
+    out = out.reshape(B, heads, tiles_h * tile_h, tiles_w * tile_w, dim)
+    return out[:, :, :H, :W]
