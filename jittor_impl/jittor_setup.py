@@ -6,7 +6,10 @@ usable GPU, downloads a CUDA toolkit where there is a GPU without `nvcc`, and co
 import ctypes
 import os
 import shutil
+import signal
+import ssl
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -78,12 +81,52 @@ def choose_cuda():
         os.environ["nvcc_path"] = ""
 
 
+class Compilation:
+    """Jittor's progress report while it compiles itself, in place of its own, which says nothing for half a minute."""
+
+    def __init__(self, _, files):
+        self.files, self.next = files, 0
+
+    def update(self, i):
+        done = i + 1
+        on_terminal = sys.stderr.isatty()
+        if self.files > 1 and (on_terminal or done >= self.next or done == self.files):
+            self.next = done + self.files / 5
+            end = "\r" if on_terminal and done < self.files else "\n"
+            print(f"jittor_setup: compiled {done} of {self.files} files", end=end, file=sys.stderr, flush=True)
+
+
 def import_jittor():
     provide_onednn()
     choose_cuda()
+    os.environ.setdefault("cache_name", "overlock")  # else the branch of the git repository around the environment
     os.environ.setdefault("log_silent", "1")
+    os.environ.setdefault("use_mpi", "0")
     os.environ.setdefault("FIX_TORCH_ERROR", "0")  # do not load torch where it happens to be installed
-    import jittor
+    if int(metadata.version("numpy").split(".")[0]) >= 2:
+        sys.exit("jittor_setup: error: Jittor 1.3.11 computes wrongly with NumPy 2; pip install 'numpy<2'")
+    headers = sysconfig.get_path("include")
+    if not os.path.isfile(os.path.join(headers, "Python.h")):
+        sys.exit(f"jittor_setup: error: no Python.h in {headers}; install Python's headers (Debian: apt install python3-dev)")
+    if not shutil.which(os.environ.get("cc_path", "g++")):
+        sys.exit("jittor_setup: error: no g++, which Jittor compiles with; install it (Debian: apt install g++)")
+
+    import jittor_utils
+    # Jittor asks a python3.x-config, which no virtual environment has, and may take another Python's headers.
+    jittor_utils._py3_include_path = f'-I"{headers}"'
+    jittor_utils._py3_extension_suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    jittor_utils.DelayProgress = Compilation
+    if not list(Path(jittor_utils.cache_path).glob("jittor_core*")):
+        notice("Jittor compiles itself: some minutes, the first time only")
+    try:
+        import jittor
+    except SystemExit:  # Jittor found its cache outdated and rebuilt part of it; it goes on in a new process
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    # Jittor's handlers quit without a word on Ctrl-C, and when any child process is killed.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # jittor_utils turns the check of certificates off for the whole process.
+    ssl._create_default_https_context = ssl.create_default_context
     return jittor
 
 

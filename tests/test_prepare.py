@@ -1,7 +1,6 @@
 """data/prepare.py, run through its command line, with small archives and a web server on this machine."""
 import hashlib
 import importlib.util
-import os
 import re
 import resource
 import signal
@@ -107,7 +106,7 @@ def test_sample_depends_on_the_seed_alone(run, files, tmp_path):
     other = contents(tmp_path / "1")
     images = [name for name in files if name.endswith(".JPEG")]
     assert other.keys() == files.keys()
-    assert all(other[name] != files[name] for name in images)
+    assert len({data[name] for data in (files, other) for name in images}) == 2 * len(images)
 
 
 def test_sample_has_the_layout_of_the_real_set(run, tmp_path):
@@ -230,6 +229,18 @@ def test_damaged_archive(run, damage, said, files, tmp_path):
     assert list(tmp_path.iterdir()) == [archive]
 
 
+def test_member_that_comes_twice(run, archive, tmp_path):
+    with zipfile.ZipFile(archive, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+        file.writestr("tiny-imagenet-200/wnids.txt", "n00000009\n")
+    assert_error(run("--zip", archive, "--output", tmp_path / "set"), "File exists", "wnids.txt")
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+def test_error_is_one_line_whatever_it_quotes(run, tmp_path):
+    (tmp_path / "two\nlines.zip").write_bytes(b"")
+    assert_error(run("--zip", tmp_path / "two\nlines.zip", "--output", tmp_path / "set"), "two lines.zip")
+
+
 def test_missing_archive_and_unusable_output(run, archive, tmp_path):
     assert_error(run("--zip", tmp_path / "no.zip", "--output", tmp_path / "set"), "no.zip", "No such file")
     assert_error(run("--zip", archive, "--output", archive / "set"), str(archive))
@@ -278,6 +289,13 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(archive, tmp_path):
     assert list(tmp_path.iterdir()) == [archive]
 
 
+def test_bar_on_a_terminal(run, archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    result = run("--zip", archive, "--output", tmp_path / "set")
+    assert "unpacking: 100%" in result.stderr
+    assert result.stdout == f"{tmp_path}/set: 3 classes, 24 training, 6 validation images\n"
+
+
 # --verify
 
 def test_verify_counts(run, folder):
@@ -308,6 +326,8 @@ def test_verify_names_every_broken_image(run, folder):
     ("val/val_annotations.txt", "val_4.JPEG\tn00000002", "val_4.JPEG\tn00000009", "n00000009"),
     ("val/val_annotations.txt", "val_4.JPEG\t", "val_4.JPEG ", "line 5"),
     ("val/val_annotations.txt", "val_4.JPEG", "val_3.JPEG", "val_4.JPEG"),
+    ("val/val_annotations.txt", "val_4.JPEG", "val_3.JPEG\tn00000001\t0\t0\t9\t9\nval_4.JPEG", "repeats"),
+    ("val/val_annotations.txt", "n00000002", "n00000001", "n00000002"),
     ("train/n00000003/n00000003_boxes.txt", "n00000003_1.JPEG", "n00000003_77.JPEG", "n00000003_77.JPEG"),
     ("train/n00000003/n00000003_boxes.txt", "n00000003_1.JPEG\t", "n00000003_1.JPEG\tx", "line 2"),
     ("wnids.txt", "n00000002\n", "", "n00000002"),
@@ -317,8 +337,15 @@ def test_verify_names_every_broken_image(run, folder):
 def test_verify_checks_the_lists(run, name, old, new, said, folder):
     text = (folder / name).read_text()
     assert old in text
-    (folder / name).write_text(text.replace(old, new, 1))
+    (folder / name).write_text(text.replace(old, new))
     assert_error(run("--verify", "--output", folder), str(folder), Path(name).name, said)
+
+
+def test_verify_wants_images_of_each_class(run, folder):
+    for path in folder.glob("train/n00000002/images/*.JPEG"):
+        path.unlink()
+    (folder / "train" / "n00000002" / "n00000002_boxes.txt").write_text("")
+    assert_error(run("--verify", "--output", folder), "no training images")
 
 
 def test_verify_without_a_data_set(run, tmp_path):

@@ -1,0 +1,24 @@
+"""Run by the environment of either framework: python dump_run.py IMPL_DIR DATA_DIR SEED OUT.npz
+
+Writes the initial weights of XXT and two epochs of batches, for comparison bit by bit.
+"""
+import sys
+
+import numpy as np
+
+impl, data_dir, seed, out = sys.argv[1:]
+sys.path.insert(0, impl)
+import models
+from checkpoint import model_arrays
+from dataset import load
+
+model = models.overlock_xxt(num_classes=3)
+model.init_weights(int(seed))
+train, val = load(data_dir, 3, 12, 6)
+arrays = {f"weight {key}": value for key, value in model_arrays(model).items()}
+for epoch in (1, 2):
+    for i, (images, labels) in enumerate(train.batches(16, int(seed), epoch)):
+        arrays |= {f"images {epoch} {i}": images, f"labels {epoch} {i}": labels}
+for i, (images, labels) in enumerate(val.batches(16)):
+    arrays |= {f"images val {i}": images, f"labels val {i}": labels}
+np.savez(out, **arrays)

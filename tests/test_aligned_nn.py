@@ -1,0 +1,121 @@
+"""Jittor's layers with PyTorch's arithmetic, against float64 NumPy where Jittor's own go wrong."""
+import numpy as np
+import pytest
+from aligned_nn import (BatchNorm2d, adaptive_avg_pool2d, bilinear_matrix, channel_norm, interpolate, pooling_matrix,
+                        vector_norm)
+from jittor_setup import jt
+
+
+def error(actual, expected):
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("size", [(9, 7), (13, 7), (11, 7), (7, 4), (4, 7), (2, 7), (14, 7), (7, 2), (5, 1), (6, 6)])
+def test_adaptive_pooling(size):
+    """Jittor's own is off by 0.6 at 9 -> 7 and divides by zero at 4 -> 7."""
+    in_size, out_size = size
+    x = np.random.default_rng(0).standard_normal((2, 3, in_size, in_size + 2))
+    expected = np.empty((2, 3, out_size, out_size))
+    for i in range(out_size):
+        for j in range(out_size):
+            rows = slice(int(np.floor(i * in_size / out_size)), int(np.ceil((i + 1) * in_size / out_size)))
+            cols = slice(int(np.floor(j * (in_size + 2) / out_size)), int(np.ceil((j + 1) * (in_size + 2) / out_size)))
+            expected[:, :, i, j] = x[:, :, rows, cols].mean((2, 3))
+    var = jt.array(x.astype(np.float32))
+    out = adaptive_avg_pool2d(var, (out_size, out_size))
+    assert error(out.numpy(), expected) < 1e-6
+    # The layer is linear, so <grad, x> = <pool(x), w> for the gradient of <pool(x), w>.
+    w = np.random.default_rng(1).standard_normal(expected.shape)
+    grad = jt.grad((out * jt.array(w.astype(np.float32))).sum(), var).numpy()
+    assert abs((grad * x).sum() - (expected * w).sum()) < 1e-5 * np.linalg.norm(expected) * np.linalg.norm(w)
+
+
+def test_pooling_and_interpolation_matrices_average():
+    for size, out_size in ((9, 7), (4, 9), (2, 15), (30, 11)):
+        assert np.allclose(pooling_matrix(size, out_size).sum(1), 1) and np.allclose(bilinear_matrix(size, out_size).sum(1), 1)
+
+
+@pytest.mark.parametrize("size", [((4, 4), (9, 9)), ((6, 10), (9, 15)), ((2, 3), (4, 6)), ((9, 9), (5, 4))])
+def test_bilinear_interpolation(size):
+    (H, W), (h, w) = size
+    x = np.random.default_rng(0).standard_normal((1, 2, H, W))
+    expected = np.empty((1, 2, h, w))
+    for i in range(h):
+        for j in range(w):
+            y, z = max((i + 0.5) * H / h - 0.5, 0), max((j + 0.5) * W / w - 0.5, 0)
+            y0, z0 = int(y), int(z)
+            y1, z1 = min(y0 + 1, H - 1), min(z0 + 1, W - 1)
+            a, b = y - y0, z - z0
+            expected[..., i, j] = ((1 - a) * ((1 - b) * x[..., y0, z0] + b * x[..., y0, z1])
+                                   + a * ((1 - b) * x[..., y1, z0] + b * x[..., y1, z1]))
+    out = interpolate(jt.array(x.astype(np.float32)), (h, w), mode="bilinear", align_corners=False)
+    assert error(out.numpy(), expected) < 2e-6
+
+
+@pytest.mark.parametrize("ratio", [0, 20, 200])
+def test_batch_norm(ratio):
+    """Mean `ratio` standard deviations away from 0: Jittor's own loses 4e-3 at 200, and biases running_var."""
+    generator = np.random.default_rng(0)
+    x = (generator.standard_normal((8, 3, 5, 7)) + ratio).astype(np.float32)
+    w = generator.standard_normal(x.shape).astype(np.float32)
+    layer, var = BatchNorm2d(3), jt.array(x)
+    layer.weight.update(jt.array(np.array([1.5, -2, 0.5], np.float32)))
+    layer.train()
+    out = layer(var)
+    grads = [g.numpy() for g in jt.grad((out * jt.array(w)).sum(), [var, layer.weight, layer.bias])]
+
+    x, gamma = x.astype(np.float64), np.array([1.5, -2, 0.5]).reshape(1, 3, 1, 1)
+    mean, var64 = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    normal = (x - mean) / np.sqrt(var64 + 1e-5)
+    g = w * gamma
+    grad_x = (g - g.mean((0, 2, 3), keepdims=True) - normal * (g * normal).mean((0, 2, 3), keepdims=True)) / np.sqrt(var64 + 1e-5)
+    # x itself is a float32: its rounding, relative to the spread, is what remains.
+    limit = 5e-6 + 20 * ratio * np.finfo(np.float32).eps
+    assert error(out.numpy(), normal * gamma) < limit
+    assert error(grads[0], grad_x) < limit
+    assert error(grads[1], (w * normal).sum((0, 2, 3))) < limit and error(grads[2], w.sum((0, 2, 3))) < 5e-6
+    unbiased = x.var((0, 2, 3), ddof=1)
+    assert error(layer.running_var.numpy(), 0.9 + 0.1 * unbiased) < 1e-5
+    assert error(layer.running_mean.numpy(), 0.1 * mean.reshape(-1) + 1e-9) < 1e-5
+    assert layer.num_batches_tracked.numpy().item() == 1
+
+    layer.eval()
+    expected = (x - layer.running_mean.numpy().reshape(1, 3, 1, 1)) / np.sqrt(layer.running_var.numpy().reshape(1, 3, 1, 1) + 1e-5)
+    assert error(layer(var).numpy(), expected * gamma) < limit
+
+
+def test_batch_norm_statistics_are_not_trained():
+    layer = BatchNorm2d(4)
+    layer.train()
+    optimizer = jt.optim.AdamW([layer.weight, layer.bias], lr=0.1)
+    x = jt.array(np.random.default_rng(0).standard_normal((4, 4, 3, 3)).astype(np.float32))
+    optimizer.step((layer(x) * x).sum())
+    assert layer.running_mean.is_stop_grad() and layer.running_var.is_stop_grad()
+    assert error(layer.running_mean.numpy(), 0.1 * x.numpy().mean((0, 2, 3))) < 1e-5
+
+
+@pytest.mark.parametrize("ratio", [0, 200])
+def test_channel_norm(ratio):
+    generator = np.random.default_rng(0)
+    x = (generator.standard_normal((2, 24, 3, 5)) + ratio).astype(np.float32)
+    weight, bias = (generator.standard_normal(24).astype(np.float32) for _ in range(2))
+    w = generator.standard_normal(x.shape).astype(np.float32)
+    variables = [jt.array(a) for a in (x, weight, bias)]
+    out = channel_norm(*variables, 1e-6)
+    grads = [g.numpy() for g in jt.grad((out * jt.array(w)).sum(), variables)]
+    x = x.astype(np.float64)
+    sigma = np.sqrt(x.var(1, keepdims=True) + 1e-6)
+    normal = (x - x.mean(1, keepdims=True)) / sigma
+    gamma = weight.reshape(1, -1, 1, 1)
+    g = w * gamma
+    grad_x = (g - g.mean(1, keepdims=True) - normal * (g * normal).mean(1, keepdims=True)) / sigma
+    limit = 5e-6 + 20 * ratio * np.finfo(np.float32).eps
+    assert error(out.numpy(), normal * gamma + bias.reshape(1, -1, 1, 1)) < limit
+    for actual, wanted in zip(grads, (grad_x, (w * normal).sum((0, 2, 3)), w.sum((0, 2, 3)))):
+        assert error(actual, wanted) < limit
+
+
+def test_vector_norm_of_zeros_has_gradient_zero():
+    x = jt.zeros((1, 2, 3, 3))
+    norm = vector_norm(x, dim=(2, 3), keepdim=True)
+    assert (jt.grad(norm.sum(), x).numpy() == 0).all() and norm.numpy().max() < 1e-12

@@ -1,0 +1,176 @@
+"""The network against what the official one computes in float64 (tests/reference/README.md)."""
+import json
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import pytest
+from checkpoint import load_model, model_arrays, trainable
+from reference_weights import formula, projection
+
+REFERENCE = Path(__file__).parent / "reference"
+CASES = [("overlock_xxt", "64x64"), ("overlock_xxt", "96x160"), ("overlock_xt", "224x224")]
+
+
+def distance(actual, expected):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def build(impl, variant, **kwargs):
+    return impl.models.OverLoCK(**impl.models.VARIANTS[variant], **kwargs)
+
+
+def with_formula_weights(impl, variant, **kwargs):
+    model = build(impl, variant, **kwargs)
+    load_model(model, {key: formula(key, value.shape) for key, value in model_arrays(model).items()}, "formula")
+    return model
+
+
+@pytest.mark.parametrize("variant", ["xxt", "xt", "t", "s", "b"])
+def test_state_dict_is_the_official_one(impl, variant):
+    model = getattr(impl.models, f"overlock_{variant}")(num_classes=20 if variant == "xxt" else 1000)
+    expected = json.loads((REFERENCE / f"overlock_{variant}_state_dict.json").read_text())
+    assert {key: list(value.shape) for key, value in model_arrays(model).items()} == expected
+    names = {key for key in expected if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert set(trainable(model)) == names
+
+
+@pytest.mark.parametrize("variant, size", CASES)
+def test_reference_values(impl, variant, size):
+    """Evaluation logits; training outputs, loss, every gradient, BatchNorm's statistics: within 20 times the float32
+    error that the official model itself has on the same case."""
+    z = np.load(REFERENCE / f"{variant}_{size}.npz")
+
+    def within(name, actual, floor=5e-6):
+        assert distance(actual, z[name]) <= max(20 * float(z[f"fp32_error_{name}"]), floor), name
+
+    model = with_formula_weights(impl, variant, num_classes=int(z["num_classes"]))
+    images, target = impl.array(z["input"]), impl.array(z["target"].astype(np.int64))
+    model.eval()
+    with impl.no_grad():
+        within("eval_logits", impl.numpy(model(images)))
+    model.train()
+    output = model(images)
+    loss = impl.cross_entropy(output["main"], target) + 0.4 * impl.cross_entropy(output["aux"], target)
+    names = [str(name) for name in z["param_names"]]
+    parameters = trainable(model)
+    assert set(names) == set(parameters)
+    grads = impl.gradients(loss, np.ones(impl.numpy(loss).shape, np.float32), [parameters[name] for name in names])
+    within("train_main", impl.numpy(output["main"]))
+    within("train_aux", impl.numpy(output["aux"]))
+    within("loss", impl.numpy(loss).reshape(()))
+    grads = {name: grad.astype(np.float64) for name, grad in zip(names, grads)}
+    within("grad_norm", [np.linalg.norm(grads[name]) for name in names], floor=2e-5)
+    within("grad_projection", [(grads[name] * projection(name, grads[name].shape)).sum() for name in names], floor=2e-5)
+    state = model_arrays(model)
+    within("buffer_mean", [state[str(name)].astype(np.float64).mean() for name in z["buffer_names"]])
+
+
+def test_ten_adamw_steps(impl):
+    """The losses before each of ten steps follow the official model's float32 run.
+
+    Limit: a rounding error of one step is carried into the next, so 20 times the float32 error of one step's
+    loss, with the usual floor, is allowed once per step taken."""
+    z, batch = np.load(REFERENCE / "overlock_xxt_adamw_10_steps.npz"), np.load(REFERENCE / "overlock_xxt_64x64.npz")
+    model = with_formula_weights(impl, "overlock_xxt", num_classes=int(batch["num_classes"]))
+    optimizer = impl.adamw(list(trainable(model).values()), lr=1e-3, weight_decay=0.01)
+    images, target = impl.array(batch["input"]), impl.array(batch["target"].astype(np.int64))
+    model.train()
+    limit = max(20 * float(batch["fp32_error_loss"]), 5e-6)
+    for step, expected in enumerate(z["losses"], 1):
+        output = model(images)
+        main, aux = impl.cross_entropy(output["main"], target), impl.cross_entropy(output["aux"], target)
+        loss = main + 0.4 * aux
+        actual = np.array([impl.numpy(value).reshape(()) for value in (loss, main, aux)])
+        impl.step(optimizer, loss)
+        assert (np.abs(actual / expected - 1) <= step * limit).all(), (step, actual / expected - 1)
+
+
+def test_every_parameter_has_a_gradient(impl):
+    """An unused parameter would be decayed by Jittor and left alone by PyTorch."""
+    model = build(impl, "overlock_xxt", num_classes=3)
+    model.train()
+    generator = np.random.default_rng(0)
+    output = model(impl.array(generator.standard_normal((2, 3, 64, 64)).astype(np.float32)))
+    target = impl.array(np.array([0, 2]))
+    loss = impl.cross_entropy(output["main"], target) + 0.4 * impl.cross_entropy(output["aux"], target)
+    parameters = trainable(model)
+    grads = impl.gradients(loss, np.ones(impl.numpy(loss).shape, np.float32), list(parameters.values()))
+    # A bias in front of a normalisation has no influence, and a mean over 7x7 equal keys none on the softmax.
+    assert all(np.isfinite(grad).all() for grad in grads)
+    assert [name for name, grad in zip(parameters, grads) if grad.shape != tuple(parameters[name].shape)] == []
+
+
+def test_reparam_keeps_the_outputs(impl):
+    model = with_formula_weights(impl, "overlock_xxt", num_classes=7)
+    images = impl.array(np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32))
+    model.eval()
+    with impl.no_grad():
+        before = impl.numpy(model(images))
+        model.reparam()
+        model.eval()  # the merged convolutions are new modules
+        after = impl.numpy(model(images))
+        model.reparam()
+        again = impl.numpy(model(images))
+    merged = set(model_arrays(model))
+    deployed = set(model_arrays(build(impl, "overlock_xxt", num_classes=7, deploy=True)))
+    assert merged == deployed
+    assert distance(after, before) < 5e-6 and np.array_equal(after, again)
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (32, 160), (224, 96), (160, 160)])
+def test_features_and_logits_at_any_aspect_ratio(impl, height, width):
+    model = build(impl, "overlock_xxt", num_classes=5)
+    model.eval()
+    images = impl.array(np.random.default_rng(0).standard_normal((2, 3, height, width)).astype(np.float32))
+    with impl.no_grad():
+        features = model.features(images)
+        logits = impl.numpy(model(images))
+    for i, (feature, dim) in enumerate(zip(features, model.feature_dims)):
+        assert tuple(feature.shape) == (2, dim, height // 2 ** (i + 2), width // 2 ** (i + 2))
+    assert logits.shape == (2, 5) and np.isfinite(logits).all()
+
+
+def test_dynamic_conv_size(impl):
+    """At least the kernel; otherwise the official rounding, also where it rounds down to less than the kernel."""
+    block = build(impl, "overlock_xxt", num_classes=2).sub_blocks3[0]  # kernel 9
+    sizes = [block.dynamic_conv_size(*size) for size in ((9, 9), (4, 4), (6, 10), (10, 6), (2, 10), (12, 9))]
+    assert sizes == [(9, 9), (9, 9), (9, 15), (15, 9), (9, 45), (12, 9)]
+    block.kernel_size = 15
+    assert block.dynamic_conv_size(11, 11) == (15, 15)
+
+
+def test_classifier_of_any_size(impl):
+    images = impl.array(np.zeros((2, 3, 64, 64), np.float32))
+    for classes, width in ((1, 1), (37, 37), (0, 256)):  # without classes: the 256 pooled features
+        model = build(impl, "overlock_xxt", num_classes=classes)
+        model.eval()
+        with impl.no_grad():
+            assert impl.numpy(model(images)).shape == (2, width)
+
+
+def test_initial_weights_follow_the_seed(impl):
+    model = build(impl, "overlock_xxt", num_classes=20)
+    model.init_weights(3)
+    first = model_arrays(model)
+    model.init_weights(4)
+    second = model_arrays(model)
+    model.init_weights(3)
+    third = model_arrays(model)
+    assert all(np.array_equal(first[key], third[key]) for key in first)
+    weight = first["blocks1.0.proj.4.weight"]
+    expected = 0.02 * np.random.default_rng([3, crc32(b"blocks1.0.proj.4.weight")]).standard_normal(weight.shape)
+    assert np.array_equal(weight, expected.astype(np.float32))
+    assert not np.array_equal(weight, second["blocks1.0.proj.4.weight"])
+    assert (first["blocks1.0.dwconv.bias"] == 0).all() and (first["sub_blocks3.0.ls1.weight"] == 1).all()
+
+
+def test_drop_path_drops_whole_samples_in_training_only(impl):
+    from layers import DropPath
+    layer, ones = DropPath(0.5), impl.array(np.ones((64, 2, 3, 3), np.float32))
+    layer.train()
+    dropped = impl.numpy(layer(ones)).reshape(64, -1)
+    assert set(np.unique(dropped)) == {0.0, 2.0} and (dropped == dropped[:, :1]).all()
+    layer.eval()
+    assert (impl.numpy(layer(ones)) == 1).all()

@@ -1,0 +1,128 @@
+"""na2d_av against the reference values, its definition in float64, NATTEN, and bad shapes."""
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def error(actual, expected):
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+def definition(attn, value, K):
+    """na2d_av forward and backward, as loops over every pixel and its neighbours, in the precision of the arrays."""
+    B, heads, H, W, _ = value.shape
+
+    def neighbours(i, j):
+        top, left = min(max(i - K // 2, 0), H - K), min(max(j - K // 2, 0), W - K)
+        return [(p * K + q, top + p, left + q) for p in range(K) for q in range(K)]
+
+    def forward():
+        out = np.zeros(value.shape)
+        for i in range(H):
+            for j in range(W):
+                for k, y, x in neighbours(i, j):
+                    out[:, :, i, j] += attn[:, :, i, j, k, None] * value[:, :, y, x]
+        return out
+
+    def backward(grad_out):
+        grad_attn, grad_value = np.zeros(attn.shape), np.zeros(value.shape)
+        for i in range(H):
+            for j in range(W):
+                for k, y, x in neighbours(i, j):
+                    grad_attn[:, :, i, j, k] = (grad_out[:, :, i, j] * value[:, :, y, x]).sum(-1)
+                    grad_value[:, :, y, x] += attn[:, :, i, j, k, None] * grad_out[:, :, i, j]
+        return grad_attn, grad_value
+
+    return forward, backward
+
+
+def run(impl, attn, value, K, grad_out):
+    """out, grad_attn, grad_value as arrays."""
+    attn, value = impl.array(attn), impl.array(value)
+    out = impl.ops.na2d_av(attn, value, K)
+    return [impl.numpy(out), *impl.gradients(out, grad_out, [attn, value])]
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_reference_values(impl, case):
+    z = np.load(REFERENCE / "na2d_av.npz")
+    attn, value, K, grad_out = (z[f"case{case}_{name}"] for name in ("attn", "value", "kernel_size", "grad_out"))
+    results = run(impl, attn, value, int(K), grad_out)
+    for actual, name in zip(results, ("out", "grad_attn", "grad_value")):
+        assert error(actual, z[f"case{case}_{name}"]) < 2e-6, name
+
+
+# (B, heads, H, W, dim), K: every block of channels (16, 8, 4, 2, 1), kernels as large as the map, K = 1, thin maps,
+# and maps large enough to be cut into tiles of which the last is not full.
+SHAPES = [((2, 3, 5, 5, 1), 5), ((1, 2, 6, 11, 3), 3), ((2, 1, 7, 9, 12), 7), ((1, 2, 9, 8, 14), 5),
+          ((1, 1, 4, 13, 31), 1), ((2, 2, 8, 8, 17), 3), ((1, 1, 5, 41, 2), 5), ((1, 2, 21, 27, 4), 9),
+          ((1, 1, 37, 19, 5), 13)]
+
+
+@pytest.mark.parametrize("shape, K", SHAPES)
+def test_definition_in_float64(impl, shape, K):
+    generator = np.random.default_rng(0)
+    attn = generator.standard_normal((*shape[:4], K * K)).astype(np.float32)
+    value, grad_out = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
+    forward, backward = definition(attn.astype(np.float64), value.astype(np.float64), K)
+    expected = [forward(), *backward(grad_out.astype(np.float64))]
+    for actual, wanted, name in zip(run(impl, attn, value, K, grad_out), expected, ("out", "grad_attn", "grad_value")):
+        assert error(actual, wanted) < 2e-6, name
+
+
+@pytest.mark.parametrize("attn, value, K, why", [
+    ((1, 2, 7, 7, 16), (1, 2, 7, 7, 8), 4, "odd"),
+    ((1, 2, 7, 7, 9), (1, 2, 7, 7, 8), 5, "kernel_size**2 = 25"),
+    ((1, 2, 4, 9, 25), (1, 2, 4, 9, 8), 5, "as large as the kernel"),
+    ((1, 2, 9, 4, 25), (1, 2, 9, 4, 8), 5, "as large as the kernel"),
+    ((1, 2, 7, 8, 25), (1, 2, 7, 7, 8), 5, "agree"),
+    ((1, 3, 7, 7, 25), (1, 2, 7, 7, 8), 5, "agree"),
+    ((2, 7, 7, 25), (2, 7, 7, 8), 5, "5 axes"),
+    ((1, 2, 7, 7, 1), (1, 2, 7, 7, 8), -1, "odd"),
+])
+def test_wrong_shapes_are_named(impl, attn, value, K, why):
+    with pytest.raises(ValueError) as caught:
+        impl.ops.na2d_av(impl.array(np.zeros(attn, np.float32)), impl.array(np.zeros(value, np.float32)), K)
+    assert why in str(caught.value) and str(attn) in str(caught.value) and str(value) in str(caught.value)
+
+
+def test_natten_itself(impl):
+    if impl.name != "torch":
+        pytest.skip("NATTEN is a PyTorch extension; the torch part compares with it")
+    if impl.ops.natten_na2d_av is None:
+        pytest.skip("NATTEN is not installed")
+    generator = np.random.default_rng(1)
+    for _ in range(12):
+        K = int(generator.choice([3, 5, 7, 9, 13]))
+        B, heads, H, W, dim = generator.integers([1, 1, K, K, 1], [3, 4, 31, 31, 20])
+        attn = generator.standard_normal((B, heads, H, W, K * K)).astype(np.float32)
+        value, grad_out = (generator.standard_normal((B, heads, H, W, dim)).astype(np.float32) for _ in range(2))
+        results = []
+        for backend in ("natten", "dense"):
+            impl.ops.set_na2d_backend(backend)
+            try:
+                results.append(run(impl, attn, value, K, grad_out))
+            finally:
+                impl.ops.set_na2d_backend("auto")
+        for natten, ours, name in zip(*results, ("out", "grad_attn", "grad_value")):
+            assert error(ours, natten) < 2e-6, (name, value.shape, K)
+
+
+def test_cuda_kernels_compile(impl, tmp_path):
+    """Where nvcc is installed, with or without a GPU, the CUDA kernels compile for A100 and H100."""
+    if impl.name != "jittor":
+        pytest.skip("only jittor_impl has kernels of its own")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not nvcc:
+        pytest.skip("no nvcc on this machine")
+    source = tmp_path / "kernels.cu"
+    source.write_text('#include "neighbourhood.h"\n#include "na2d_av_cuda.h"\n')
+    command = [nvcc, "-std=c++17", "-c", "-I", str(impl.ops.KERNELS), "-gencode", "arch=compute_80,code=sm_80",
+               "-gencode", "arch=compute_90,code=sm_90", "-o", str(tmp_path / "kernels.o"), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,80 @@
+"""`import models` in jittor_impl works by itself, and jittor_setup mends what it finds."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jittor_setup
+
+IMPL = Path(__file__).resolve().parent.parent / "jittor_impl"
+
+
+def python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], cwd=IMPL, capture_output=True, text=True,
+                          env={**os.environ, **environment})
+
+
+def test_second_import_takes_seconds():
+    clean = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME")}
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", "import models"], cwd=IMPL, capture_output=True, text=True, env=clean)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stderr.splitlines()) <= 1, result.stderr  # at most the notice about CUDA
+    assert time.perf_counter() - start < 30
+
+
+def test_a_link_into_a_deleted_environment_is_mended(tmp_path, monkeypatch):
+    monkeypatch.setenv("JITTOR_HOME", str(tmp_path))
+    root = tmp_path / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp"
+    (root / "lib").mkdir(parents=True)
+    (root / "lib" / "libmkldnn.so").symlink_to(tmp_path / "deleted" / "lib" / "libmkldnn.so")
+    jittor_setup.provide_onednn()
+    assert (root / "lib" / "libmkldnn.so").resolve().is_file()
+    assert (root / "include" / "oneapi" / "dnnl" / "dnnl.hpp").is_file()
+
+
+def test_jittors_own_download_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("JITTOR_HOME", str(tmp_path))
+    library = tmp_path / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp" / "lib" / "libmkldnn.so"
+    library.parent.mkdir(parents=True)
+    library.write_text("downloaded")
+    jittor_setup.provide_onednn()
+    assert library.read_text() == "downloaded" and not (library.parents[1] / "include").exists()
+
+
+def fake_nvcc(folder, monkeypatch):
+    (folder / "nvcc").write_text("#!/bin/sh\n")
+    (folder / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_nvcc_without_a_gpu_means_the_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("nvcc_path", raising=False)
+    fake_nvcc(tmp_path, monkeypatch)
+    monkeypatch.setattr(jittor_setup, "cuda_device_count", lambda: 0)
+    jittor_setup.choose_cuda()
+    assert os.environ["nvcc_path"] == "" and capsys.readouterr().err.count("\n") == 1
+    monkeypatch.delenv("nvcc_path")
+    monkeypatch.setattr(jittor_setup, "cuda_device_count", lambda: 1)
+    jittor_setup.choose_cuda()
+    assert "nvcc_path" not in os.environ and capsys.readouterr().err == ""
+
+
+def test_a_gpu_without_nvcc_downloads_no_toolkit(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("nvcc_path", raising=False)
+    monkeypatch.setattr(jittor_setup.shutil, "which", lambda *args, **kwargs: None)
+    monkeypatch.setattr(jittor_setup, "cuda_device_count", lambda: 1)
+    jittor_setup.choose_cuda()
+    assert os.environ.pop("nvcc_path") == "" and "no nvcc" in capsys.readouterr().err
+
+
+def test_numpy_2_is_refused():
+    code = "from importlib import metadata; metadata.version = lambda name: '2.1.0'; import jittor_setup"
+    result = python(code)
+    assert result.returncode != 0 and "pip install 'numpy<2'" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_missing_compiler_is_named(tmp_path):
+    result = python("import jittor_setup", PATH=str(tmp_path))
+    assert result.returncode != 0 and "no g++" in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,195 @@
+"""train.py as its user runs it: files, resuming after kill -9, bad input, interruption."""
+import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint import read_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+WALL_CLOCK = ("epoch_time", "images_per_second")
+SIZES = ["-b", "16", "--num-classes", "3", "--train-per-class", "12", "--val-per-class", "6"]
+
+
+@pytest.fixture(scope="module")
+def command(impl):
+    return [sys.executable, str(ROOT / f"{impl.name}_impl" / "train.py")]
+
+
+def run(command, *options, cwd=None):
+    return subprocess.run([*command, *map(str, options)], capture_output=True, text=True, cwd=cwd)
+
+
+def rows(path):
+    with open(path) as f:
+        return [{key: value for key, value in row.items() if key not in WALL_CLOCK} for row in csv.DictReader(f)]
+
+
+@pytest.fixture(scope="module")
+def finished(impl, command, dataset, tmp_path_factory):
+    """A run of three epochs, from another working directory."""
+    output = tmp_path_factory.mktemp("finished")
+    result = run(command, *SIZES, "--data-dir", dataset, "--epochs", 3, "--output", output, cwd=output)
+    assert result.returncode == 0, result.stderr
+    return output, result
+
+
+def one_line(result, *words):
+    """Exit status 2 and one line on stderr that holds `words`."""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("jittor_setup:")]
+    assert result.returncode == 2 and len(lines) == 1, result.stderr
+    assert lines[0].startswith("train.py: error: ")
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+def test_files_of_a_run(impl, finished):
+    output, result = finished
+    with open(output / f"log{impl.suffix}.csv") as f:
+        table = list(csv.DictReader(f))
+    assert list(table[0])[:6] == ["train_loss", "train_loss_aux", "epoch_time", "val_loss", "acc_top1", "acc_top5"]
+    assert [row["epoch"] for row in table] == ["1", "2", "3"]
+    for row in table:
+        row = {key: float(value) for key, value in row.items()}
+        assert row["train_loss"] == pytest.approx(row["train_loss_main"] + 0.4 * row["train_loss_aux"])
+        assert 0 <= row["acc_top1"] <= row["acc_top5"] == 1
+    text = (output / f"log{impl.suffix}.txt").read_text()
+    for words in ("NumPy", "CPU", '"batch_size": 16', "parameters", "n01 n02 n03", "epoch 3/3"):
+        assert words in text and words in result.stdout
+    model, optimizer, run_info = read_checkpoint(output / f"last{impl.suffix}.safetensors")
+    assert run_info["epoch"] == 3 and run_info["step"] == 9 and run_info["args"]["seed"] == 0
+    assert len(run_info["history"]) == 3 and len(optimizer) > 100
+    best = max(float(row["acc_top1"]) for row in table)
+    assert run_info["best_top1"] == best
+    assert read_checkpoint(output / f"best{impl.suffix}.safetensors")[2]["history"][-1]["acc_top1"] == best
+    assert not list(output.glob("*.tmp"))
+
+
+def test_same_seed_same_numbers(impl, command, dataset, finished, tmp_path):
+    result = run(command, *SIZES, "--data-dir", dataset, "--epochs", 1, "--output", tmp_path, "--no-progress")
+    assert result.returncode == 0, result.stderr
+    assert rows(tmp_path / f"log{impl.suffix}.csv") == rows(finished[0] / f"log{impl.suffix}.csv")[:1]
+
+
+def test_kill_and_resume_gives_the_numbers_of_an_unbroken_run(impl, command, dataset, finished, tmp_path):
+    options = [*SIZES, "--data-dir", dataset, "--epochs", 3, "--output", tmp_path]
+    process = subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 2/3") and "images," in line:  # in the middle of the second epoch
+            process.kill()
+            break
+    process.wait()
+    assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == 1
+    # A row that was written but whose checkpoint was not, and half a checkpoint: what a kill at a worse moment leaves.
+    with open(tmp_path / f"log{impl.suffix}.csv", "a") as f:
+        f.write("1.0,2.0,")
+    (tmp_path / f"last{impl.suffix}.safetensors.tmp").write_bytes(b"half")
+
+    result = run(command, *options, "--resume")
+    assert result.returncode == 0, result.stderr
+    expected = finished[0]
+    assert rows(tmp_path / f"log{impl.suffix}.csv") == rows(expected / f"log{impl.suffix}.csv")
+    resumed, unbroken = (read_checkpoint(folder / f"last{impl.suffix}.safetensors") for folder in (tmp_path, expected))
+    for actual, wanted in zip(resumed[:2], unbroken[:2]):
+        assert actual.keys() == wanted.keys()
+        assert all(np.array_equal(actual[key], wanted[key]) for key in wanted)
+    assert "resumed from" in (tmp_path / f"log{impl.suffix}.txt").read_text()
+
+
+def test_interrupt_says_how_to_resume(impl, command, dataset, tmp_path):
+    options = [*SIZES, "--data-dir", dataset, "--epochs", 500, "--output", tmp_path]
+    process = subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 1/500: train loss"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    lines = [line for line in stderr.splitlines() if not line.startswith("jittor_setup:")]
+    assert process.returncode == 130 and len(lines) == 1, stderr
+    assert "interrupted" in lines[0] and "--resume" in lines[0] and str(tmp_path) in lines[0]
+
+
+def test_an_earlier_run_is_set_aside(impl, command, dataset, tmp_path):
+    (tmp_path / f"log{impl.suffix}.csv").write_text("a finished run")
+    result = run(command, *SIZES, "--data-dir", dataset, "--epochs", 1, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "previous-1" / f"log{impl.suffix}.csv").read_text() == "a finished run"
+    assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == 1
+
+
+def test_evaluate_repeats_the_numbers_of_the_log(impl, command, dataset, finished):
+    output, _ = finished
+    result = run(command, *SIZES, "--data-dir", dataset, "--evaluate", output / f"last{impl.suffix}.safetensors")
+    last = rows(output / f"log{impl.suffix}.csv")[-1]
+    assert f"val loss {float(last['val_loss']):.4f}, top-1 {float(last['acc_top1']):.4f}" in result.stdout
+
+
+def test_init_keeps_the_classifier_of_another_size(impl, command, dataset, finished, tmp_path):
+    checkpoint = finished[0] / f"last{impl.suffix}.safetensors"
+    result = run(command, "--num-classes", 2, "--train-per-class", 4, "--val-per-class", 2, "--epochs", 1,
+                 "--data-dir", dataset, "--init", checkpoint, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "left at their initial values: head.4.weight, head.4.bias, aux_head.2.weight, aux_head.2.bias" in result.stdout
+
+
+def test_loss_that_is_not_finite_stops_the_run(impl, command, dataset, finished, tmp_path):
+    for name in ("last", "log"):
+        source = next(finished[0].glob(f"{name}{impl.suffix}.[sc]*"))
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    checkpoint = tmp_path / f"last{impl.suffix}.safetensors"
+    good = checkpoint.read_bytes()
+    result = run(command, *SIZES, "--data-dir", dataset, "--init", checkpoint, "--lr", 1e30, "--output", tmp_path / "new")
+    one_line(result, "the loss is", "epoch 1, step", "--lr")
+    assert checkpoint.read_bytes() == good
+
+
+@pytest.mark.parametrize("option, value", [("--batch-size", "0"), ("--epochs", "0"), ("--epochs", "two"), ("--lr", "-1"),
+                                           ("--lr", "nan"), ("--seed", "-1"), ("--model", "overlock_xxl"), ("--foo", "1")])
+def test_bad_option(command, option, value):
+    one_line(run(command, option, value), option)
+
+
+def test_bad_data(impl, command, dataset, tmp_path):
+    one_line(run(command, "--data-dir", tmp_path / "absent", "--output", tmp_path / "out"), tmp_path / "absent", "prepare.py")
+    one_line(run(command, "--data-dir", dataset, "--output", tmp_path / "out"), "--num-classes")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_output_that_cannot_be_written(command, dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    one_line(run(command, *SIZES, "--data-dir", dataset, "--output", tmp_path / "file"), tmp_path / "file", "--output")
+
+
+def test_bad_checkpoints(impl, command, dataset, finished, tmp_path):
+    good = finished[0] / f"last{impl.suffix}.safetensors"
+    options = [*SIZES, "--data-dir", dataset, "--output", tmp_path / "out"]
+    truncated, text, pth = tmp_path / "truncated.safetensors", tmp_path / "text.safetensors", tmp_path / "truncated.pth"
+    truncated.write_bytes(good.read_bytes()[:-1000])
+    text.write_text("not a checkpoint")
+    pth.write_bytes(b"PK\3\4 half an archive")
+    for path in (truncated, text, pth, tmp_path / "absent.safetensors"):
+        one_line(run(command, *options, "--init", path), path)
+    one_line(run(command, *options, "--evaluate", good, "--num-classes", 2), good, "--num-classes 3")
+    one_line(run(command, *options, "--evaluate", good, "--model", "overlock_xt"), good, "another model", "--model")
+    one_line(run(command, *options, "--resume"), "nothing to resume")
+    one_line(run(command, *options, "--resume", good, "--epochs", 9, "--seed", 1), "--seed 0")
+    one_line(run(command, *options, "--resume", good, "--epochs", 3), "--epochs")
+    one_line(run(command, *options, "--resume", good, "--init", good), "exclude")
+
+
+def test_drawn_sample_is_learned_above_chance(impl, command, tmp_path):
+    """What `make demo` shows: three epochs on the drawn sample, five classes, chance 0.2."""
+    sample = tmp_path / "sample"
+    subprocess.run([sys.executable, ROOT / "data" / "prepare.py", "--sample", "--output", sample], check=True,
+                   capture_output=True)
+    result = run(command, "-b", 16, "--num-classes", 5, "--train-per-class", 64, "--val-per-class", 16, "--epochs", 3,
+                 "--data-dir", sample, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    top1 = [float(row["acc_top1"]) for row in rows(tmp_path / f"log{impl.suffix}.csv")]
+    # 80 images: chance is 16 right, and 28 or more happen by chance in one run of a thousand.
+    assert max(top1) >= 28 / 80 and max(top1) < 1, top1
