@@ -83,7 +83,7 @@ def read_rows(folder, name, columns):
     if not (folder / name).is_file():
         raise ValueError(f"{name} is missing")
     with (folder / name).open(encoding="utf-8", errors="replace") as file:
-        rows = [line.rstrip("\n").split("\t") for line in file]
+        rows = [line.rstrip("\n").split("\t") for line in file if line.strip()]
     for number, row in enumerate(rows, 1):
         box = row[-4:] if columns > 4 else []
         if len(row) != columns or not all(value.isdecimal() for value in box):

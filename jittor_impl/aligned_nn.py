@@ -7,8 +7,23 @@ windows of equal size, which is wrong for, say, 9 -> 7. Shapes are (B, C, H, W) 
 from functools import lru_cache
 
 import numpy as np
+import fused
 from jittor_setup import jt
 from jittor import nn
+
+
+class Conv2d(nn.Conv2d):
+    """torch.nn.Conv2d. A depthwise one of stride 1 that keeps the size runs as a kernel of ours on the CPU."""
+
+    def execute(self, x):
+        same_size = self.stride == (1, 1) and self.padding == tuple(d * (k // 2) for d, k in zip(self.dilation, self.kernel_size))
+        return self.depthwise(x, residual=False) if self.is_depthwise_conv and same_size else super().execute(x)
+
+    def depthwise(self, x, residual):
+        """The depthwise convolution of x, plus x itself if `residual`."""
+        if jt.flags.use_cuda:
+            return x + super().execute(x) if residual else super().execute(x)
+        return fused.DepthwiseConv.apply(x, self.weight, self.bias, self.dilation[0], residual)
 
 
 class BatchNorm2d(nn.Module):
@@ -30,21 +45,20 @@ class BatchNorm2d(nn.Module):
             scale = self.weight / jt.sqrt(self.running_var + self.eps)
             shift = self.bias - self.running_mean * scale
             return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
-        mean = x.mean((0, 2, 3), keepdims=True)  # (1, C, 1, 1)
-        centred = x - mean
-        var = (centred * centred).mean((0, 2, 3), keepdims=True)  # (1, C, 1, 1)
         count = x.numel() // x.shape[1]
         if count < 2:
             raise ValueError(f"BatchNorm2d in training needs more than one value per channel, got shape {x.shape}")
-        self.track(mean.reshape(-1), var.reshape(-1) * (count / (count - 1)))  # (C,), (C,)
+        self.num_batches_tracked.update(self.num_batches_tracked + 1)
+        if not jt.flags.use_cuda:
+            return fused.BatchNorm.apply(x, self.weight, self.bias, self)
+        mean = x.mean((0, 2, 3), keepdims=True)  # (1, C, 1, 1)
+        centred = x - mean
+        var = (centred * centred).mean((0, 2, 3), keepdims=True)  # (1, C, 1, 1)
+        unbiased = var.reshape(-1) * (count / (count - 1))  # (1, C, 1, 1) -> (C,)
+        self.running_mean.update(self.running_mean + (mean.reshape(-1) - self.running_mean) * self.momentum)
+        self.running_var.update(self.running_var + (unbiased - self.running_var) * self.momentum)
         scale = self.weight.reshape(1, -1, 1, 1) / jt.sqrt(var + self.eps)
         return centred * scale + self.bias.reshape(1, -1, 1, 1)
-
-    def track(self, mean, unbiased_var):
-        """Move the running statistics (C,) a step of `momentum` towards the batch's."""
-        self.running_mean.update(self.running_mean + (mean - self.running_mean) * self.momentum)
-        self.running_var.update(self.running_var + (unbiased_var - self.running_var) * self.momentum)
-        self.num_batches_tracked.update(self.num_batches_tracked + 1)
 
 
 class LayerNorm(nn.Module):
@@ -59,15 +73,20 @@ class LayerNorm(nn.Module):
 
 def channel_norm(x, weight, bias, eps):
     """Normalise each pixel over its channels: torch's layer_norm on the axis C of x, in two passes."""
+    if not jt.flags.use_cuda:
+        return fused.ChannelNorm.apply(x, weight, bias, eps)
     centred = x - x.mean(1, keepdims=True)  # (B, C, H, W)
     var = (centred * centred).mean(1, keepdims=True)  # (B, 1, H, W)
     return centred / jt.sqrt(var + eps) * weight.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
 
 
-def vector_norm(x, dim, keepdim):
-    """L2 norm. Where it is 0 its gradient is 0, as in PyTorch, not NaN."""
-    squares = (x * x).sum(dim, keepdims=keepdim)
-    return jt.sqrt(jt.maximum(squares, 1e-30))
+def grn(x, gamma, beta):
+    """Global Response Normalization. Where a channel is 0 its norm's gradient is 0, as in PyTorch, not NaN."""
+    if not jt.flags.use_cuda:
+        return fused.GRN.apply(x, gamma, beta)
+    gx = jt.sqrt(jt.maximum((x * x).sum((2, 3), keepdims=True), 1e-30))  # (B, C, 1, 1)
+    nx = gx / (gx.mean(1, keepdims=True) + 1e-6)
+    return (gamma * nx + 1) * x + beta
 
 
 class AdaptiveAvgPool2d(nn.Module):

@@ -17,7 +17,7 @@ from zlib import crc32
 import numpy as np
 from jittor_setup import jt
 from jittor import nn
-from aligned_nn import AdaptiveAvgPool2d, BatchNorm2d
+from aligned_nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d
 from aligned_nn import adaptive_avg_pool2d, interpolate
 from jittor.nn import linear
 
@@ -42,16 +42,16 @@ VARIANTS = {
 def stem(in_chans, embed_dim):
     """(B, in_chans, H, W) -> (B, embed_dim, H/4, W/4)."""
     return nn.Sequential(
-        nn.Conv2d(in_chans, embed_dim // 2, kernel_size=3, stride=2, padding=1, bias=False),
+        Conv2d(in_chans, embed_dim // 2, kernel_size=3, stride=2, padding=1, bias=False),
         BatchNorm2d(embed_dim // 2),
         nn.GELU(),
-        nn.Conv2d(embed_dim // 2, embed_dim // 2, kernel_size=3, padding=1, bias=False),
+        Conv2d(embed_dim // 2, embed_dim // 2, kernel_size=3, padding=1, bias=False),
         BatchNorm2d(embed_dim // 2),
         nn.GELU(),
-        nn.Conv2d(embed_dim // 2, embed_dim, kernel_size=3, stride=2, padding=1, bias=False),
+        Conv2d(embed_dim // 2, embed_dim, kernel_size=3, stride=2, padding=1, bias=False),
         BatchNorm2d(embed_dim),
         nn.GELU(),
-        nn.Conv2d(embed_dim, embed_dim, kernel_size=3, padding=1, bias=False),
+        Conv2d(embed_dim, embed_dim, kernel_size=3, padding=1, bias=False),
         BatchNorm2d(embed_dim),
     )
 
@@ -59,7 +59,7 @@ def stem(in_chans, embed_dim):
 def downsample(in_dim, out_dim):
     """(B, in_dim, H, W) -> (B, out_dim, H/2, W/2)."""
     return nn.Sequential(
-        nn.Conv2d(in_dim, out_dim, kernel_size=3, stride=2, padding=1, bias=False),
+        Conv2d(in_dim, out_dim, kernel_size=3, stride=2, padding=1, bias=False),
         BatchNorm2d(out_dim),
     )
 
@@ -88,11 +88,11 @@ class RepConvBlock(nn.Module):
             DilatedReparamBlock(dim, kernel_size, deploy),
             BatchNorm2d(dim),
             SEModule(dim),
-            nn.Conv2d(dim, mlp_dim, kernel_size=1),
+            Conv2d(dim, mlp_dim, kernel_size=1),
             nn.GELU(),
             ResDWConv(mlp_dim),
             GRN(mlp_dim),
-            nn.Conv2d(mlp_dim, dim, kernel_size=1),
+            Conv2d(mlp_dim, dim, kernel_size=1),
             DropPath(drop_path),
         )
         self.ls = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value)
@@ -145,24 +145,24 @@ class DynamicConvBlock(nn.Module):
         self.dwconv1 = ResDWConv(out_dim)
         self.norm1 = LayerNorm2d(out_dim)
         self.fusion = nn.Sequential(
-            nn.Conv2d(out_dim, out_dim, kernel_size=3, padding=1, groups=out_dim),
+            Conv2d(out_dim, out_dim, kernel_size=3, padding=1, groups=out_dim),
             BatchNorm2d(out_dim),
             nn.GELU(),
-            nn.Conv2d(out_dim, dim, kernel_size=1),
+            Conv2d(out_dim, dim, kernel_size=1),
             GRN(dim),
         )
         self.weight_query = nn.Sequential(
-            nn.Conv2d(dim, dim // 2, kernel_size=1, bias=False),
+            Conv2d(dim, dim // 2, kernel_size=1, bias=False),
             BatchNorm2d(dim // 2),
         )
         self.weight_key = nn.Sequential(
             AdaptiveAvgPool2d(7),
-            nn.Conv2d(ctx_dim, dim // 2, kernel_size=1, bias=False),
+            Conv2d(ctx_dim, dim // 2, kernel_size=1, bias=False),
             BatchNorm2d(dim // 2),
         )
-        self.weight_proj = nn.Conv2d(7 * 7, kernel_size**2 + smk_size**2, kernel_size=1)
+        self.weight_proj = Conv2d(7 * 7, kernel_size**2 + smk_size**2, kernel_size=1)
         self.dyconv_proj = nn.Sequential(
-            nn.Conv2d(dim, dim, kernel_size=1, bias=False),
+            Conv2d(dim, dim, kernel_size=1, bias=False),
             BatchNorm2d(dim),
         )
         self.lepe = nn.Sequential(
@@ -171,22 +171,22 @@ class DynamicConvBlock(nn.Module):
         )
         self.se_layer = SEModule(dim)
         self.gate = nn.Sequential(
-            nn.Conv2d(dim, dim, kernel_size=1, bias=False),
+            Conv2d(dim, dim, kernel_size=1, bias=False),
             BatchNorm2d(dim),
             nn.SiLU(),
         )
         self.proj = nn.Sequential(
             BatchNorm2d(dim),
-            nn.Conv2d(dim, out_dim, kernel_size=1),
+            Conv2d(dim, out_dim, kernel_size=1),
         )
         self.dwconv2 = ResDWConv(out_dim)
         self.norm2 = LayerNorm2d(out_dim)
         self.mlp = nn.Sequential(
-            nn.Conv2d(out_dim, mlp_dim, kernel_size=1),
+            Conv2d(out_dim, mlp_dim, kernel_size=1),
             nn.GELU(),
             ResDWConv(mlp_dim),
             GRN(mlp_dim),
-            nn.Conv2d(mlp_dim, out_dim, kernel_size=1),
+            Conv2d(mlp_dim, out_dim, kernel_size=1),
         )
         self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value)
         self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value)
@@ -276,7 +276,7 @@ class OverLoCK(nn.Module):
         self.patch_embed2 = downsample(embed_dim[0], embed_dim[1])
         self.patch_embed3 = downsample(embed_dim[1], embed_dim[2])
         self.patch_embed4 = downsample(embed_dim[2], embed_dim[3])
-        self.high_level_proj = nn.Conv2d(embed_dim[3], ctx_dim, kernel_size=1)
+        self.high_level_proj = Conv2d(embed_dim[3], ctx_dim, kernel_size=1)
         self.patch_embedx = CTXDownsample(embed_dim[2], embed_dim[3], ctx_dim)
         for i in range(4):
             setattr(self, f"blocks{i + 1}", nn.ModuleList([
@@ -292,14 +292,14 @@ class OverLoCK(nn.Module):
         self.aux_head = nn.Sequential(
             BatchNorm2d(embed_dim[3]),
             AdaptiveAvgPool2d(1),
-            nn.Conv2d(embed_dim[3], num_classes, kernel_size=1) if num_classes > 0 else nn.Identity(),
+            Conv2d(embed_dim[3], num_classes, kernel_size=1) if num_classes > 0 else nn.Identity(),
         )
         self.head = nn.Sequential(
-            nn.Conv2d(embed_dim[3] + ctx_dim, projection, kernel_size=1, bias=False),
+            Conv2d(embed_dim[3] + ctx_dim, projection, kernel_size=1, bias=False),
             BatchNorm2d(projection),
             nn.SiLU(),
             AdaptiveAvgPool2d(1),
-            nn.Conv2d(projection, num_classes, kernel_size=1) if num_classes > 0 else nn.Identity(),
+            Conv2d(projection, num_classes, kernel_size=1) if num_classes > 0 else nn.Identity(),
         )
         self.init_weights(seed=0)
 
@@ -310,7 +310,7 @@ class OverLoCK(nn.Module):
         Norms, LayerScale, GRN and position biases keep the constants of their constructors.
         """
         for name, module in self.named_modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, Conv2d):
                 generator = np.random.default_rng([seed, crc32(f"{name}.weight".encode())])
                 weight = 0.02 * generator.standard_normal(tuple(module.weight.shape))
                 module.weight.update(jt.array(weight.astype(np.float32)))

@@ -1,7 +1,7 @@
 """The layers that OverLoCK is built of. Shapes are (B, C, H, W) unless a comment says otherwise."""
 import torch
 from torch import nn
-from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, LayerNorm
+from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, LayerNorm
 from torch.nn.functional import layer_norm
 
 # (kernel size, dilation) of the parallel branches beside a large kernel (UniRepLKNet, arXiv 2311.15599, section 3.1).
@@ -39,9 +39,9 @@ class SEModule(nn.Module):
         inner_dim = max(16, dim // reduction)
         self.proj = nn.Sequential(
             AdaptiveAvgPool2d(1),
-            nn.Conv2d(dim, inner_dim, kernel_size=1),
+            Conv2d(dim, inner_dim, kernel_size=1),
             nn.GELU(),
-            nn.Conv2d(inner_dim, dim, kernel_size=1),
+            Conv2d(inner_dim, dim, kernel_size=1),
             nn.Sigmoid(),
         )
 
@@ -87,7 +87,7 @@ class GRN(nn.Module):
         return (self.gamma * nx + 1) * x + self.beta
 
 
-class ResDWConv(nn.Conv2d):
+class ResDWConv(Conv2d):
     """3x3 depthwise convolution with a residual connection."""
 
     def __init__(self, dim):
@@ -111,12 +111,12 @@ class DilatedReparamBlock(nn.Module):
 
     def __init__(self, dim, kernel_size, deploy):
         super().__init__()
-        self.lk_origin = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy)
+        self.lk_origin = Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy)
         self.branches = () if deploy else DILATED_BRANCHES[kernel_size]
         if not deploy:
             self.origin_bn = BatchNorm2d(dim)
         for k, r in self.branches:
-            conv = nn.Conv2d(dim, dim, k, padding=r * (k // 2), dilation=r, groups=dim, bias=False)
+            conv = Conv2d(dim, dim, k, padding=r * (k // 2), dilation=r, groups=dim, bias=False)
             setattr(self, f"dil_conv_k{k}_{r}", conv)
             setattr(self, f"dil_bn_k{k}_{r}", BatchNorm2d(dim))
 
@@ -148,6 +148,6 @@ class DilatedReparamBlock(nn.Module):
             delattr(self, f"dil_bn_k{k}_{r}")
         del self.origin_bn
         self.branches = ()
-        self.lk_origin = nn.Conv2d(dim, dim, large_k, padding=large_k // 2, groups=dim).to(weight.device)
+        self.lk_origin = Conv2d(dim, dim, large_k, padding=large_k // 2, groups=dim).to(weight.device)
         self.lk_origin.weight.copy_(weight)
         self.lk_origin.bias.copy_(bias)

@@ -1,0 +1,109 @@
+"""Layers as single CPU kernels, forward and backward: what Jittor would compile as dozens of operators.
+
+Fewer operators are fewer minutes of compiling at the first run and fewer passes over memory at every other.
+aligned_nn.py and ops.py call these; the kernels are files under kernels/.
+"""
+from pathlib import Path
+
+from jittor_setup import jt
+
+KERNELS = Path(__file__).resolve().parent / "kernels"
+
+
+def call(headers, code, inputs, shapes, data, dtypes=None):
+    """Run C++ `code` on the CPU: `inputs` are in0_p, in1_p, ..., outputs of `shapes` out0_p, ...; `data` are numbers.
+
+    Sizes go in as data and not as text, so that another shape needs no other compilation.
+    """
+    header = "\n".join(f'#include "{KERNELS / name}"' for name in headers)
+    for name in data:
+        code = code.replace(f"${name}", f'(int)data["{name}"]')
+    return jt.code(shapes, dtypes or ["float32"] * len(shapes), inputs, cpu_header=header, cpu_src=code, data=data)
+
+
+class DepthwiseConv(jt.Function):
+    """x (B, C, H, W), weight (C, 1, K, K), bias (C,) or None -> (B, C, H, W), stride 1; plus x itself if residual."""
+
+    def execute(self, x, weight, bias, dilation, residual):
+        self.x, self.weight, self.has_bias, self.residual = x, weight, bias is not None, residual
+        self.data = dict(zip(("B", "C", "H", "W"), x.shape), K=weight.shape[2], dilation=dilation)
+        inputs = [x, weight] + ([bias] if self.has_bias else [])
+        return self.convolve(inputs, "in2_p" if self.has_bias else "nullptr", x.shape, flip=False)
+
+    def grad(self, grad_y):
+        grad_x = self.convolve([grad_y, self.weight], "nullptr", self.x.shape, flip=True)
+        shapes = [self.weight.shape] + ([(self.data["C"],)] if self.has_bias else [])
+        grads = call(("lanes.h", "depthwise_cpu.h"),
+                     f"overlock::depthwise_grad_weight(in0_p, in1_p, out0_p, {'out1_p' if self.has_bias else 'nullptr'}, "
+                     "$B, $C, $H, $W, $K, $dilation);", [self.x, grad_y], shapes, self.data)
+        return grad_x, grads[0], grads[1] if self.has_bias else None, None, None
+
+    def convolve(self, inputs, bias, shape, flip):
+        data = {**self.data, "residual": int(self.residual), "flip": int(flip)}
+        return call(("lanes.h", "depthwise_cpu.h"),
+                    f"overlock::depthwise(in0_p, in1_p, {bias}, out0_p, $B, $C, $H, $W, $K, $dilation, "
+                    "$residual, $flip);", inputs, [shape], data)[0]
+
+
+class BatchNorm(jt.Function):
+    """BatchNorm of a batch x (B, C, H, W); moves the running statistics of `layer`."""
+
+    def execute(self, x, weight, bias, layer):
+        B, C, H, W = x.shape
+        self.data = {"B": B, "C": C, "P": H * W}
+        numbers = {**self.data, "eps": layer.eps, "momentum": layer.momentum}
+        y, mean, inv_std, running_mean, running_var = call(
+            ("norm_cpu.h",),
+            "overlock::batch_norm(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p, out2_p, out3_p, out4_p, "
+            '$B, $C, $P, data["eps"], data["momentum"]);',
+            [x, weight, bias, layer.running_mean, layer.running_var], [x.shape, (C,), (C,), (C,), (C,)], numbers)
+        layer.running_mean.update(running_mean)
+        layer.running_var.update(running_var)
+        self.saved = x, weight, mean, inv_std
+        return y
+
+    def grad(self, grad_y):
+        x, weight, mean, inv_std = self.saved
+        grads = call(("norm_cpu.h",),
+                     "overlock::batch_norm_backward(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p, out2_p, $B, $C, $P);",
+                     [x, weight, mean, inv_std, grad_y], [x.shape, weight.shape, weight.shape], self.data)
+        return *grads, None
+
+
+class ChannelNorm(jt.Function):
+    """LayerNorm of each pixel of x (B, C, H, W) over its channels."""
+
+    def execute(self, x, weight, bias, eps):
+        B, C, H, W = x.shape
+        self.data = {"B": B, "C": C, "P": H * W}
+        y, mean, inv_std = call(
+            ("norm_cpu.h",),
+            'overlock::channel_norm(in0_p, in1_p, in2_p, out0_p, out1_p, out2_p, $B, $C, $P, data["eps"]);',
+            [x, weight, bias], [x.shape, (B, H * W), (B, H * W)], {**self.data, "eps": eps})
+        self.saved = x, weight, mean, inv_std
+        return y
+
+    def grad(self, grad_y):
+        x, weight, mean, inv_std = self.saved
+        grads = call(("norm_cpu.h",),
+                     "overlock::channel_norm_backward(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p, out2_p, $B, $C, $P);",
+                     [x, weight, mean, inv_std, grad_y], [x.shape, weight.shape, weight.shape], self.data)
+        return *grads, None
+
+
+class GRN(jt.Function):
+    """Global Response Normalization of x (B, C, H, W) with gamma and beta (1, C, 1, 1)."""
+
+    def execute(self, x, gamma, beta):
+        B, C, H, W = x.shape
+        self.data = {"B": B, "C": C, "P": H * W}
+        y, norms = call(("norm_cpu.h",), "overlock::grn(in0_p, in1_p, in2_p, out0_p, out1_p, $B, $C, $P);",
+                        [x, gamma, beta], [x.shape, (B, C)], self.data)
+        self.saved = x, gamma, norms
+        return y
+
+    def grad(self, grad_y):
+        x, gamma, norms = self.saved
+        return tuple(call(("norm_cpu.h",),
+                          "overlock::grn_backward(in0_p, in1_p, in2_p, in3_p, out0_p, out1_p, out2_p, $B, $C, $P);",
+                          [x, gamma, norms, grad_y], [x.shape, gamma.shape, gamma.shape], self.data))

@@ -1,0 +1,105 @@
+"""The CPU kernels of jittor_impl against float64 NumPy: depthwise convolution and GRN, with their gradients.
+
+BatchNorm and LayerNorm are in test_aligned_nn.py, na2d_av in test_ops.py.
+"""
+import os
+import subprocess
+import sys
+
+import fused
+import numpy as np
+import pytest
+from aligned_nn import Conv2d, grn
+from jittor_setup import jt
+
+
+def error(actual, expected):
+    return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+
+
+def depthwise(x, weight, grad_y, dilation):
+    """y, grad_x, grad_weight: each tap shifts the padded image. x (B, C, H, W), weight (C, 1, K, K)."""
+    K, (H, W) = weight.shape[2], x.shape[2:]
+    pad = dilation * (K // 2)
+    frame = ((0, 0), (0, 0), (pad, pad), (pad, pad))
+    padded, grad_padded = np.pad(x, frame), np.zeros(np.pad(x, frame).shape)
+    y, grad_weight = np.zeros(x.shape), np.zeros(weight.shape)
+    for p in range(K):
+        for q in range(K):
+            window = (slice(None), slice(None), slice(p * dilation, p * dilation + H), slice(q * dilation, q * dilation + W))
+            tap = weight[:, 0, p, q].reshape(1, -1, 1, 1)
+            y += tap * padded[window]
+            grad_padded[window] += tap * grad_y
+            grad_weight[:, 0, p, q] = (grad_y * padded[window]).sum((0, 2, 3))
+    return y, grad_padded[:, :, pad:pad + H, pad:pad + W], grad_weight
+
+
+# Every kernel and dilation of the five variants on small and odd maps; channels that do and do not fill 8 lanes.
+@pytest.mark.parametrize("shape", [(3, 8, 16, 16), (17, 12, 4, 4), (2, 20, 2, 2), (1, 3, 7, 11), (2, 9, 1, 5), (2, 16, 13, 8)])
+@pytest.mark.parametrize("K, dilation", [(3, 1), (3, 2), (3, 5), (3, 7), (5, 1), (5, 2), (7, 2), (9, 2), (13, 1), (17, 1)])
+@pytest.mark.parametrize("bias, residual", [(True, True), (False, False)])
+def test_depthwise_convolution(shape, K, dilation, bias, residual):
+    generator = np.random.default_rng(0)
+    x, grad_y = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
+    layer = Conv2d(shape[1], shape[1], K, padding=dilation * (K // 2), dilation=dilation, groups=shape[1], bias=bias)
+    layer.weight.update(jt.array(generator.standard_normal((shape[1], 1, K, K)).astype(np.float32)))
+    var = jt.array(x)
+    out = layer.depthwise(var, residual)
+    y, grad_x, grad_weight = depthwise(x.astype(np.float64), layer.weight.numpy().astype(np.float64), grad_y, dilation)
+    if bias:
+        y += layer.bias.numpy().reshape(1, -1, 1, 1)
+    if residual:
+        y, grad_x = y + x, grad_x + grad_y
+    inputs = [var, layer.weight] + ([layer.bias] if bias else [])
+    grads = [g.numpy() for g in jt.grad((out * jt.array(grad_y)).sum(), inputs)]
+    # Sums of at most 17 * 17 products forward and of the batch's pixels backward, in float32.
+    assert error(out.numpy(), y) < 5e-6
+    assert error(grads[0], grad_x) < 5e-6
+    assert error(grads[1], grad_weight) < 5e-6
+    if bias:
+        assert error(grads[2], grad_y.astype(np.float64).sum((0, 2, 3))) < 5e-6
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4, 4), (2, 24, 7, 9)])
+def test_grn(shape):
+    generator = np.random.default_rng(0)
+    x, grad_y = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
+    x[0, 1] = 0  # a dead channel
+    gamma, beta = (generator.standard_normal((1, shape[1], 1, 1)).astype(np.float32) for _ in range(2))
+    inputs = [jt.array(a) for a in (x, gamma, beta)]
+    out = grn(*inputs)
+    grads = [g.numpy() for g in jt.grad((out * jt.array(grad_y)).sum(), inputs)]
+
+    x, grad_y = x.astype(np.float64), grad_y.astype(np.float64)
+    norm = np.sqrt((x * x).sum((2, 3), keepdims=True))
+    mean = norm.mean(1, keepdims=True) + 1e-6
+    assert error(out.numpy(), (gamma * norm / mean + 1) * x + beta) < 2e-6
+    dot = (grad_y * x).sum((2, 3), keepdims=True)
+    grad_norm = gamma * dot / mean - (gamma * dot * norm).mean(1, keepdims=True) / mean**2
+    grad_x = (gamma * norm / mean + 1) * grad_y + grad_norm * np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+    assert error(grads[0], grad_x) < 2e-6
+    assert error(grads[1], (dot * norm / mean).sum(0, keepdims=True)) < 2e-6
+    assert error(grads[2], grad_y.sum((0, 2, 3)).reshape(1, -1, 1, 1)) < 2e-6
+
+
+def test_the_thread_count_changes_no_bit_of_a_kernel(tmp_path):
+    """Depthwise convolution and BatchNorm write each number by one thread, in one order."""
+    code = f"""
+import sys; sys.path.insert(0, {str(fused.KERNELS.parent)!r})
+import numpy as np
+from aligned_nn import BatchNorm2d, Conv2d
+from jittor_setup import jt
+generator = np.random.default_rng(0)
+x, g = (jt.array(generator.standard_normal((21, 24, 9, 9)).astype(np.float32)) for _ in range(2))
+conv, norm = Conv2d(24, 24, 5, padding=2, groups=24), BatchNorm2d(24)
+conv.weight.update(jt.array(generator.standard_normal((24, 1, 5, 5)).astype(np.float32)))
+conv.bias.update(jt.zeros(24))
+y = norm(conv(x))
+np.savez(sys.argv[1], y=y.numpy(), *[v.numpy() for v in jt.grad((y * g).sum(), [x, conv.weight, norm.weight])])
+"""
+    results = []
+    for threads in ("1", "2"):
+        out = tmp_path / f"{threads}.npz"
+        subprocess.run([sys.executable, "-c", code, out], check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+        results.append(dict(np.load(out)))
+    assert all(np.array_equal(results[0][key], results[1][key]) for key in results[0])
