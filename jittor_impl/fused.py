@@ -1,24 +1,15 @@
 """Layers as single CPU kernels, forward and backward: what Jittor would compile as dozens of operators.
 
 Fewer operators are fewer minutes of compiling at the first run and fewer passes over memory at every other.
-aligned_nn.py and ops.py call these; the kernels are files under kernels/.
+aligned_nn.py calls these; the kernels are files under kernels/.
 """
-from pathlib import Path
-
 from jittor_setup import jt
+from ops import launch
 
-KERNELS = Path(__file__).resolve().parent / "kernels"
 
-
-def call(headers, code, inputs, shapes, data, dtypes=None):
-    """Run C++ `code` on the CPU: `inputs` are in0_p, in1_p, ..., outputs of `shapes` out0_p, ...; `data` are numbers.
-
-    Sizes go in as data and not as text, so that another shape needs no other compilation.
-    """
-    header = "\n".join(f'#include "{KERNELS / name}"' for name in headers)
-    for name in data:
-        code = code.replace(f"${name}", f'(int)data["{name}"]')
-    return jt.code(shapes, dtypes or ["float32"] * len(shapes), inputs, cpu_header=header, cpu_src=code, data=data)
+def call(headers, code, inputs, shapes, data):
+    """`launch` on the CPU alone."""
+    return launch((headers, ()), (code, ""), inputs, shapes, data)
 
 
 class DepthwiseConv(jt.Function):

@@ -45,29 +45,30 @@ class NA2dAV(jt.Function):
     """`na2d_av` with its two gradients, each one kernel."""
 
     def execute(self, attn, value, kernel_size):
-        self.attn, self.value, self.kernel_size = attn, value, kernel_size
-        return launch("na2d_av_forward", value.shape, attn, value, kernel_size, value.shape)
+        B, heads, H, W, dim = value.shape
+        self.attn, self.value = attn, value
+        self.data = {"N": B * heads, "H": H, "W": W, "K": kernel_size, "dim": dim}
+        return self.run("na2d_av_forward", attn, value, value.shape)
 
     def grad(self, grad_out):
-        attn, value, kernel_size = self.attn, self.value, self.kernel_size
-        grad_attn = launch("na2d_av_grad_attn", attn.shape, grad_out, value, kernel_size, value.shape)
-        grad_value = launch("na2d_av_grad_value", value.shape, attn, grad_out, kernel_size, value.shape)
+        grad_attn = self.run("na2d_av_grad_attn", grad_out, self.value, self.attn.shape)
+        grad_value = self.run("na2d_av_grad_value", self.attn, grad_out, self.value.shape)
         return grad_attn, grad_value, None
 
+    def run(self, kernel, a, b, out_shape):
+        call = f"overlock::{kernel}(in0_p, in1_p, out0_p, $N, $H, $W, $K, $dim"
+        headers = ("neighbourhood.h", "na2d_av_cpu.h"), ("neighbourhood.h", "na2d_av_cuda.h")
+        return launch(headers, (f"{call});", f"{call}, 0);"), [a, b], [out_shape], self.data)[0]
 
-def include(*names):
-    return "\n".join(f'#include "{KERNELS / name}"' for name in names)
 
+def launch(headers, code, inputs, shapes, data):
+    """Run a kernel: `headers` of kernels/ and C++ `code`, each a pair for CPU and CUDA ("" where there is none).
 
-def launch(kernel, out_shape, a, b, kernel_size, value_shape):
-    """Call `kernel` of na2d_av_cpu.h or na2d_av_cuda.h on inputs a and b; value_shape is (B, heads, H, W, dim)."""
-    B, heads, H, W, dim = value_shape
-    # Sizes go in as data, not as text, so that another shape needs no other compilation.
-    call = (f'overlock::{kernel}(in0_p, in1_p, out0_p, (int64_t)data["N"], (int)data["H"], (int)data["W"], '
-            f'(int)data["K"], (int)data["dim"]')
-    return jt.code(
-        out_shape, "float32", [a, b],
-        cpu_header=include("neighbourhood.h", "na2d_av_cpu.h"), cpu_src=f"{call});",
-        cuda_header=include("neighbourhood.h", "na2d_av_cuda.h"), cuda_src=f"{call}, 0);",
-        data={"N": B * heads, "H": H, "W": W, "K": kernel_size, "dim": dim},
-    )
+    In the code, inputs are in0_p, in1_p, ..., float32 outputs of `shapes` out0_p, ..., and $NAME is the whole number
+    data[NAME]. Numbers go in as data and not as text, so that another shape needs no other compilation.
+    """
+    for name in data:
+        code = [text.replace(f"${name}", f'(int)data["{name}"]') for text in code]
+    cpu, cuda = ("\n".join(f'#include "{KERNELS / name}"' for name in names) for names in headers)
+    return jt.code(shapes, ["float32"] * len(shapes), inputs, cpu_header=cpu, cpu_src=code[0],
+                   cuda_header=cuda, cuda_src=code[1], data=data)

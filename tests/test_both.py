@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MIRRORED = ["models.py", "layers.py", "dataset.py", "checkpoint.py", "progress.py", "torch_pickle.py", "train.py"]
 # What only one framework needs. Everything else must be in both.
 ONLY_JITTOR = {"ops.py": {"NA2dAV", "NA2dAV.execute(self, attn, value, kernel_size)", "NA2dAV.grad(self, grad_out)",
-                          "include(*names)", "launch(kernel, out_shape, a, b, kernel_size, value_shape)"}}
+                          "NA2dAV.run(self, kernel, a, b, out_shape)", "launch(headers, code, inputs, shapes, data)"}}
 ONLY_TORCH = {"ops.py": {"set_na2d_backend(name)", "tiling(size, kernel_size, whole)",
                          "tile_indices(height, width, kernel_size, device)", "na2d_av_dense(attn, value, kernel_size)"}}
 SIZES = ["-b", "16", "--num-classes", "3", "--train-per-class", "12", "--val-per-class", "6"]

@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 
-import fused
 import numpy as np
+import ops
 import pytest
 from aligned_nn import Conv2d, grn
 from jittor_setup import jt
@@ -85,7 +85,7 @@ def test_grn(shape):
 def test_the_thread_count_changes_no_bit_of_a_kernel(tmp_path):
     """Depthwise convolution and BatchNorm write each number by one thread, in one order."""
     code = f"""
-import sys; sys.path.insert(0, {str(fused.KERNELS.parent)!r})
+import sys; sys.path.insert(0, {str(ops.KERNELS.parent)!r})
 import numpy as np
 from aligned_nn import BatchNorm2d, Conv2d
 from jittor_setup import jt
