@@ -10,6 +10,7 @@ import signal
 import ssl
 import sys
 import sysconfig
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +19,11 @@ ONEDNN_PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")  # libmkldnn.so a
 
 def notice(message):
     print(f"jittor_setup: {message}", file=sys.stderr, flush=True)
+
+
+def fail(message):
+    notice(f"error: {message}")
+    sys.exit(2)
 
 
 def replace_link(link, target):
@@ -82,15 +88,17 @@ def choose_cuda():
 
 
 class Compilation:
-    """Jittor's progress report while it compiles itself, in place of its own, which says nothing for half a minute."""
+    """Jittor's progress report while it compiles itself, in place of its own, which is silenced with its log.
+
+    Jittor goes through its files at every import; that is shown only where they are compiled, not just checked.
+    """
 
     def __init__(self, _, files):
-        self.files, self.next = files, 0
+        self.files, self.next, self.start = files, 0, time.perf_counter()
 
     def update(self, i):
-        done = i + 1
-        on_terminal = sys.stderr.isatty()
-        if self.files > 1 and (on_terminal or done >= self.next or done == self.files):
+        done, on_terminal = i + 1, sys.stderr.isatty()
+        if time.perf_counter() - self.start > 10 and (on_terminal or done >= self.next or done == self.files):
             self.next = done + self.files / 5
             end = "\r" if on_terminal and done < self.files else "\n"
             print(f"jittor_setup: compiled {done} of {self.files} files", end=end, file=sys.stderr, flush=True)
@@ -104,12 +112,12 @@ def import_jittor():
     os.environ.setdefault("use_mpi", "0")
     os.environ.setdefault("FIX_TORCH_ERROR", "0")  # do not load torch where it happens to be installed
     if int(metadata.version("numpy").split(".")[0]) >= 2:
-        sys.exit("jittor_setup: error: Jittor 1.3.11 computes wrongly with NumPy 2; pip install 'numpy<2'")
+        fail("Jittor 1.3.11 computes wrongly with NumPy 2; pip install 'numpy<2'")
     headers = sysconfig.get_path("include")
     if not os.path.isfile(os.path.join(headers, "Python.h")):
-        sys.exit(f"jittor_setup: error: no Python.h in {headers}; install Python's headers (Debian: apt install python3-dev)")
+        fail(f"no Python.h in {headers}; install Python's headers (Debian: apt install python3-dev)")
     if not shutil.which(os.environ.get("cc_path", "g++")):
-        sys.exit("jittor_setup: error: no g++, which Jittor compiles with; install it (Debian: apt install g++)")
+        fail("no g++, which Jittor compiles with; install it (Debian: apt install g++)")
 
     import jittor_utils
     # Jittor asks a python3.x-config, which no virtual environment has, and may take another Python's headers.
