@@ -53,12 +53,15 @@ def provide_onednn():
                    "(pip install -r requirements-jittor.txt avoids that)")
         return
     # Link file by file: a whole environment's lib/ may hold a libstdc++ that Jittor must not link to.
-    for f in files:  # relative to site-packages, such as ../../../include/oneapi/dnnl/dnnl.h
-        for folder in ("lib", "include"):
-            if folder in f.parts and (".so" in f.name or f.suffix in (".h", ".hpp")):
-                link = root.joinpath(*f.parts[f.parts.index(folder):])
-                link.parent.mkdir(parents=True, exist_ok=True)
-                replace_link(link, Path(f.locate()).resolve())
+    for f in files:  # relative to site-packages, such as ../../libdnnl.so.2 or ../../../include/oneapi/dnnl/dnnl.h
+        if ".so" in f.name:
+            link = root / "lib" / f.name
+        elif "include" in f.parts:
+            link = root.joinpath(*f.parts[f.parts.index("include"):])
+        else:
+            continue
+        link.parent.mkdir(parents=True, exist_ok=True)
+        replace_link(link, Path(f.locate()).resolve())
 
 
 def cuda_device_count():

@@ -112,7 +112,7 @@ def test_runs_lie_on_each_other_and_read_each_others_checkpoints(pythons, datase
         out = run(pythons, name, *common, "--evaluate", checkpoint)
         loss = float(re.search(r"val loss ([\d.]+)", out).group(1))
         assert loss == pytest.approx(history[other][-1]["val_loss"], abs=2e-4)
-        out = run(pythons, name, *common, "--epochs", 3, "--resume", checkpoint)
+        out = run(pythons, name, *common, "--output", tmp_path / "resumed", "--epochs", 3, "--resume", checkpoint)
         assert "resumed from" in out and "epoch 3/3" in out
 
 

@@ -25,7 +25,7 @@ def trainable(model):
 
 def model_arrays(model):
     """{state-dict key: NumPy array}."""
-    return {key: value.detach().cpu().numpy() for key, value in model.state_dict().items()}
+    return {key: value.detach().cpu().numpy().copy() for key, value in model.state_dict().items()}
 
 
 def optimizer_arrays(model, optimizer):

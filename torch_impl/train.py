@@ -215,9 +215,10 @@ def run_training(args):
         return say(f"{source}: val loss {result['val_loss']:.4f}, top-1 {result['acc_top1']:.4f}, "
                    f"top-5 {result['acc_top5']:.4f} on {len(val)} images of {args.num_classes} classes")
     optimizer = make_optimizer(model, args)
-    history = run.get("history", [])
+    history = []
     if args.resume:
         load_optimizer(model, optimizer, moments, run["step"], source)
+        history = run["history"]
     else:
         files.set_aside()
 
