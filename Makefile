@@ -1,5 +1,5 @@
 # make demo   train both frameworks on a small set and draw the figure
-# make test   run every test
+# make test   run every test; make test-current runs those of torch_impl on a current PyTorch
 # Each environment is made when it is first needed, and again when its requirements change.
 
 PYTHON ?= python3
@@ -8,18 +8,24 @@ TORCH := .venv-torch/bin/python
 REAL := data/tiny-imagenet-200
 DEMO_LOGS := logs/demo
 
-.PHONY: demo test environments clean
+.PHONY: demo test test-current environments python-version clean
 
 environments: .venv-jittor/ready .venv-torch/ready
 
-.venv-jittor/ready: requirements-jittor.txt
+python-version:
+	@$(PYTHON) -c "import sys, venv; v = sys.version_info[:2]; (3, 10) <= v <= (3, 12) or sys.exit( \
+		'Python 3.10, 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; make PYTHON=python3.11 ... chooses another' % v)"
+
+.venv-jittor/ready: requirements-jittor.txt | python-version
+	@echo "Making .venv-jittor; then Jittor compiles itself (some minutes)"
 	$(PYTHON) -m venv --clear .venv-jittor
 	$(JITTOR) -m pip install --quiet -r requirements-jittor.txt
 	cd jittor_impl && ../$(JITTOR) -c "import models"
 	touch $@
 
 # NATTEN is optional: without a compiler for it, torch_impl computes na2d_av by itself.
-.venv-torch/ready: requirements-torch.txt requirements-natten.txt
+.venv-torch/ready: requirements-torch.txt requirements-natten.txt | python-version
+	@echo "Making .venv-torch (5 GB); then NATTEN is built (some minutes)"
 	$(PYTHON) -m venv --clear .venv-torch
 	$(TORCH) -m pip install --quiet -r requirements-torch.txt
 	$(TORCH) -m pip install --quiet "setuptools<70" wheel cmake ninja
@@ -37,6 +43,7 @@ demo: environments
 		echo "make demo: no data in $(REAL), so the drawn sample in data/sample"; \
 		options="--data-dir data/sample --num-classes 5 --train-per-class 64 --val-per-class 16 -b 16"; \
 	fi; \
+	rm -rf $(DEMO_LOGS); \
 	$(JITTOR) jittor_impl/train.py $$options --epochs 3 --output $(DEMO_LOGS) && \
 	$(TORCH) torch_impl/train.py $$options --epochs 3 --output $(DEMO_LOGS) && \
 	$(TORCH) plot.py --logs $(DEMO_LOGS)
@@ -44,5 +51,13 @@ demo: environments
 test: environments
 	$(TORCH) tests/run.py $(JITTOR) $(TORCH)
 
+.venv-current/ready: requirements-torch-current.txt | python-version
+	$(PYTHON) -m venv --clear .venv-current
+	.venv-current/bin/python -m pip install --quiet -r requirements-torch-current.txt
+	touch $@
+
+test-current: .venv-current/ready
+	OVERLOCK_TESTS=torch .venv-current/bin/python -m pytest -q -rs tests
+
 clean:
-	rm -rf .venv-jittor .venv-torch $(DEMO_LOGS) data/sample
+	rm -rf .venv-jittor .venv-torch .venv-current $(DEMO_LOGS) data/sample

@@ -12,18 +12,24 @@ from jittor_setup import jt
 from jittor import nn
 
 
+def on_cpu():
+    """Whether the CPU kernels of fused.py are to be used; on a GPU the same formulas run as Jittor's operators."""
+    return not jt.flags.use_cuda
+
+
 class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d. A depthwise one of stride 1 that keeps the size runs as a kernel of ours on the CPU."""
+    """torch.nn.Conv2d. A depthwise one that keeps the map's size runs as a kernel of ours on the CPU."""
 
     def execute(self, x):
-        same_size = self.stride == (1, 1) and self.padding == tuple(d * (k // 2) for d, k in zip(self.dilation, self.kernel_size))
-        return self.depthwise(x, residual=False) if self.is_depthwise_conv and same_size else super().execute(x)
+        (k, k2), (d, d2) = self.kernel_size, self.dilation
+        keeps_size = k == k2 and d == d2 and k % 2 == 1 and self.stride == (1, 1) and self.padding == (d * (k // 2),) * 2
+        return self.depthwise(x, residual=False) if self.is_depthwise_conv and keeps_size else super().execute(x)
 
     def depthwise(self, x, residual):
-        """The depthwise convolution of x, plus x itself if `residual`."""
-        if jt.flags.use_cuda:
-            return x + super().execute(x) if residual else super().execute(x)
-        return fused.DepthwiseConv.apply(x, self.weight, self.bias, self.dilation[0], residual)
+        """The depthwise convolution of x, plus x itself if `residual`; for an odd square kernel that keeps the size."""
+        if on_cpu():
+            return fused.DepthwiseConv.apply(x, self.weight, self.bias, self.dilation[0], residual)
+        return x + super().execute(x) if residual else super().execute(x)
 
 
 class BatchNorm2d(nn.Module):
@@ -49,7 +55,7 @@ class BatchNorm2d(nn.Module):
         if count < 2:
             raise ValueError(f"BatchNorm2d in training needs more than one value per channel, got shape {x.shape}")
         self.num_batches_tracked.update(self.num_batches_tracked + 1)
-        if not jt.flags.use_cuda:
+        if on_cpu():
             return fused.BatchNorm.apply(x, self.weight, self.bias, self)
         mean = x.mean((0, 2, 3), keepdims=True)  # (1, C, 1, 1)
         centred = x - mean
@@ -73,7 +79,7 @@ class LayerNorm(nn.Module):
 
 def channel_norm(x, weight, bias, eps):
     """Normalise each pixel over its channels: torch's layer_norm on the axis C of x, in two passes."""
-    if not jt.flags.use_cuda:
+    if on_cpu():
         return fused.ChannelNorm.apply(x, weight, bias, eps)
     centred = x - x.mean(1, keepdims=True)  # (B, C, H, W)
     var = (centred * centred).mean(1, keepdims=True)  # (B, 1, H, W)
@@ -82,7 +88,7 @@ def channel_norm(x, weight, bias, eps):
 
 def grn(x, gamma, beta):
     """Global Response Normalization. Where a channel is 0 its norm's gradient is 0, as in PyTorch, not NaN."""
-    if not jt.flags.use_cuda:
+    if on_cpu():
         return fused.GRN.apply(x, gamma, beta)
     gx = jt.sqrt(jt.maximum((x * x).sum((2, 3), keepdims=True), 1e-30))  # (B, C, 1, 1)
     nx = gx / (gx.mean(1, keepdims=True) + 1e-6)
@@ -122,7 +128,7 @@ def separable(x, rows, cols):
     """
     B, C, H, W = x.shape
     h, w = rows.shape[0], cols.shape[0]
-    x = jt.matmul(x.reshape(B * C * H, W), jt.array(cols.T).stop_grad())  # (B*C*H, w)
+    x = jt.matmul(x.reshape(B * C * H, W), jt.array(cols.T).stop_grad())  # (B, C, H, W) -> (B*C*H, W) -> (B*C*H, w)
     x = x.reshape(B * C, H, w).transpose(1, 2).reshape(B * C * w, H)  # (B*C, H, w) -> (B*C, w, H) -> (B*C*w, H)
     x = jt.matmul(x, jt.array(rows.T).stop_grad())  # (B*C*w, h)
     return x.reshape(B, C, w, h).transpose(2, 3)  # (B, C, w, h) -> (B, C, h, w)

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors files, the same keys in both frameworks, so that either loads the other's.
 
     model.<state-dict key>, optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter>
-    metadata "run", JSON: epoch (epochs done), step (optimizer steps done), best_top1, args, history (rows of the log)
+    metadata "run", JSON: epoch (epochs done), step (optimizer steps done), best_top1, args, data (classes and image
+    shape), history (rows of the log)
 """
 import json
 import os
@@ -15,6 +16,7 @@ from safetensors.numpy import save
 import torch_pickle
 from dataset import InputError
 
+RUN_KEYS = {"epoch", "step", "best_top1", "args", "data", "history"}
 CLASSIFIERS = ("head.4.weight", "head.4.bias", "aux_head.2.weight", "aux_head.2.bias")
 
 
@@ -46,17 +48,22 @@ def optimizer_arrays(model, optimizer):
 def write_atomic(path, data):
     """Write bytes so that `path` holds either the old or the new content, whatever happens meanwhile."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def save_checkpoint(path, model, optimizer, run):
     """Write model, moments and `run` (a dict that JSON can hold) to `path`."""
     arrays = {f"model.{key}": value for key, value in model_arrays(model).items()}
     arrays |= {f"optimizer.{key}": value for key, value in optimizer_arrays(model, optimizer).items()}
+    # safetensors wants contiguous arrays; ascontiguousarray makes a scalar () a vector (1,), reshape mends that.
     arrays = {key: np.ascontiguousarray(value).reshape(value.shape) for key, value in arrays.items()}
     write_atomic(path, save(arrays, metadata={"run": json.dumps(run)}))
 
@@ -84,8 +91,10 @@ def read_checkpoint(path):
         with safe_open(path, framework="numpy") as f:
             arrays = {key: f.get_tensor(key) for key in f.keys()}
             run = json.loads((f.metadata() or {}).get("run", "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise InputError(f"{path} is not a checkpoint or is truncated ({str(error)[:80]}); give another one") from None
+    if run and not (isinstance(run, dict) and RUN_KEYS <= run.keys() and len(run["history"]) == run["epoch"]):
+        raise InputError(f"{path} was not written by this train.py; use it with --init")
     model, optimizer = {}, {}
     for key, value in arrays.items():
         kind, _, name = key.partition(".")
@@ -120,7 +129,7 @@ def load_model(model, arrays, path, keep_classifier=False):
     # Arrays, never stopped Vars: a parameter that is assigned a stopped Var is frozen without a word.
     state = model.state_dict()
     for key, value in arrays.items():
-        state[key].update(jt.array(value.reshape(state[key].shape)))
+        state[key].update(jt.array(value.astype(own[key].dtype).reshape(state[key].shape)))
     return kept
 
 

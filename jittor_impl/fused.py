@@ -19,21 +19,21 @@ class DepthwiseConv(jt.Function):
         self.x, self.weight, self.has_bias, self.residual = x, weight, bias is not None, residual
         self.data = dict(zip(("B", "C", "H", "W"), x.shape), K=weight.shape[2], dilation=dilation)
         inputs = [x, weight] + ([bias] if self.has_bias else [])
-        return self.convolve(inputs, "in2_p" if self.has_bias else "nullptr", x.shape, flip=False)
+        return self.convolve(inputs, "in2_p" if self.has_bias else "nullptr", flip=False)
 
     def grad(self, grad_y):
-        grad_x = self.convolve([grad_y, self.weight], "nullptr", self.x.shape, flip=True)
+        grad_x = self.convolve([grad_y, self.weight], "nullptr", flip=True)
         shapes = [self.weight.shape] + ([(self.data["C"],)] if self.has_bias else [])
         grads = call(("lanes.h", "depthwise_cpu.h"),
                      f"overlock::depthwise_grad_weight(in0_p, in1_p, out0_p, {'out1_p' if self.has_bias else 'nullptr'}, "
                      "$B, $C, $H, $W, $K, $dilation);", [self.x, grad_y], shapes, self.data)
         return grad_x, grads[0], grads[1] if self.has_bias else None, None, None
 
-    def convolve(self, inputs, bias, shape, flip):
+    def convolve(self, inputs, bias, flip):
         data = {**self.data, "residual": int(self.residual), "flip": int(flip)}
         return call(("lanes.h", "depthwise_cpu.h"),
                     f"overlock::depthwise(in0_p, in1_p, {bias}, out0_p, $B, $C, $H, $W, $K, $dilation, "
-                    "$residual, $flip);", inputs, [shape], data)[0]
+                    "$residual, $flip);", inputs, [self.x.shape], data)[0]
 
 
 class BatchNorm(jt.Function):

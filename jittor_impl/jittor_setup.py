@@ -5,9 +5,11 @@ usable GPU, downloads a CUDA toolkit where there is a GPU without `nvcc`, and co
 """
 import ctypes
 import os
+import re
 import shutil
 import signal
 import ssl
+import subprocess
 import sys
 import sysconfig
 import time
@@ -35,13 +37,12 @@ def replace_link(link, target):
     os.replace(temporary, link)
 
 
-def provide_onednn():
-    """Put the oneDNN of this environment where Jittor looks for the one it would download.
+def provide_onednn(home):
+    """Put the oneDNN of this environment where Jittor, whose cache lies under `home`, looks for the one it would download.
 
     Jittor's cache outlives an environment, so links are renewed at every start, not trusted.
     """
-    home = Path(os.environ.get("JITTOR_HOME") or Path.home())
-    root = home / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp"
+    root = Path(home) / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp"
     library = root / "lib" / "libmkldnn.so"
     if library.exists() and not library.is_symlink():
         return  # Jittor's own download
@@ -77,17 +78,27 @@ def cuda_device_count():
 
 
 def choose_cuda():
-    """Turn Jittor's CUDA off, with a line of notice, unless there are both a GPU and a compiler for it."""
+    """Turn Jittor's CUDA off, with a line of notice, unless there are both a GPU and a compiler that Jittor can use."""
     if "nvcc_path" in os.environ:
         return
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     gpus = cuda_device_count()
     if nvcc and not gpus:
         notice("nvcc is installed but no CUDA GPU is usable: running on the CPU")
-    if gpus and not nvcc:
+    elif gpus and not nvcc:
         notice("there is a CUDA GPU but no nvcc to compile for it: running on the CPU")
-    if not (nvcc and gpus):
-        os.environ["nvcc_path"] = ""
+    elif gpus and toolkit_version(nvcc) >= 13:
+        notice("Jittor 1.3.11 does not build with CUDA 13, install CUDA 12 or older: running on the CPU")
+    elif gpus:
+        return
+    os.environ["nvcc_path"] = ""
+
+
+def toolkit_version(nvcc):
+    """The toolkit's major version, 0 if nvcc does not tell."""
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+)", output)
+    return int(version[1]) if version else 0
 
 
 class Compilation:
@@ -107,31 +118,62 @@ class Compilation:
             print(f"jittor_setup: compiled {done} of {self.files} files", end=end, file=sys.stderr, flush=True)
 
 
+def compile_jittor():
+    """Compile Jittor in a process of its own.
+
+    Jittor builds itself while it is imported, with a pool of processes that Ctrl-C would tear apart, and may exit in
+    the middle to be started again.
+    """
+    notice("Jittor compiles itself: some minutes, the first time only")
+    child = subprocess.Popen([sys.executable, __file__], env={**os.environ, "OVERLOCK_COMPILES_JITTOR": "1"},
+                             start_new_session=True)
+    try:
+        status = child.wait()
+    except KeyboardInterrupt:
+        os.killpg(child.pid, signal.SIGKILL)
+        notice("interrupted; what Jittor has compiled is kept")
+        sys.exit(130)
+    if status != 0:
+        fail(f"Jittor could not be compiled (status {status}), the reason is above")
+
+
 def import_jittor():
-    provide_onednn()
-    choose_cuda()
     os.environ.setdefault("cache_name", "overlock")  # else the branch of the git repository around the environment
     os.environ.setdefault("log_silent", "1")
     os.environ.setdefault("use_mpi", "0")
     os.environ.setdefault("FIX_TORCH_ERROR", "0")  # do not load torch where it happens to be installed
-    if int(metadata.version("numpy").split(".")[0]) >= 2:
+    try:
+        numpy_version = metadata.version("numpy")
+        metadata.version("jittor")
+    except metadata.PackageNotFoundError as error:
+        fail(f"{error.name} is not installed in {sys.prefix}; pip install -r requirements-jittor.txt")
+    if int(numpy_version.split(".")[0]) >= 2:
         fail("Jittor 1.3.11 computes wrongly with NumPy 2; pip install 'numpy<2'")
     headers = sysconfig.get_path("include")
     if not os.path.isfile(os.path.join(headers, "Python.h")):
         fail(f"no Python.h in {headers}; install Python's headers (Debian: apt install python3-dev)")
     if not shutil.which(os.environ.get("cc_path", "g++")):
         fail("no g++, which Jittor compiles with; install it (Debian: apt install g++)")
+    choose_cuda()
 
     import jittor_utils
+    provide_onednn(jittor_utils.home())
     # Jittor asks a python3.x-config, which no virtual environment has, and may take another Python's headers.
     jittor_utils._py3_include_path = f'-I"{headers}"'
     jittor_utils._py3_extension_suffix = sysconfig.get_config_var("EXT_SUFFIX")
     jittor_utils.DelayProgress = Compilation
-    if not list(Path(jittor_utils.cache_path).glob("jittor_core*")):
-        notice("Jittor compiles itself: some minutes, the first time only")
+    compiling = "OVERLOCK_COMPILES_JITTOR" in os.environ
+    if not compiling and not list(Path(jittor_utils.cache_path).glob("jittor_core*")):
+        compile_jittor()
     try:
         import jittor
-    except SystemExit:  # Jittor found its cache outdated and rebuilt part of it; it goes on in a new process
+    except SystemExit:  # Jittor found its cache outdated, rebuilt a part and wants to be started again
+        if compiling:
+            sys.exit(0)
+        if "OVERLOCK_RESTARTED" in os.environ:
+            fail(f"Jittor rebuilds itself at every start; remove {jittor_utils.cache_path}")
+        os.environ["OVERLOCK_RESTARTED"] = "1"
+        compile_jittor()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     # Jittor's handlers quit without a word on Ctrl-C, and when any child process is killed.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -125,7 +125,6 @@ class DilatedReparamBlock(nn.Module):
             out = out + bn(conv(x))
         return out
 
-    @jt.no_grad()
     def merge_dilated_branches(self):
         """Merge all branches into `lk_origin`, for inference. Merging twice is harmless."""
         if not self.branches:
@@ -145,5 +144,6 @@ class DilatedReparamBlock(nn.Module):
         del self.origin_bn
         self.branches = ()
         self.lk_origin = Conv2d(dim, dim, large_k, padding=large_k // 2, groups=dim)
-        self.lk_origin.weight.assign(weight)
-        self.lk_origin.bias.assign(bias)
+        # Through NumPy: a parameter that takes the value of a Var shares its being stopped or not.
+        self.lk_origin.weight.update(jt.array(weight.numpy()))
+        self.lk_origin.bias.update(jt.array(bias.numpy()))

@@ -2,8 +2,10 @@
 
 The kernels are C++ and CUDA files under kernels/. Jittor compiles them at the first call and again when they change.
 """
+import re
 from pathlib import Path
 
+import numpy as np
 from jittor_setup import jt
 
 KERNELS = Path(__file__).resolve().parent / "kernels"
@@ -12,7 +14,7 @@ KERNELS = Path(__file__).resolve().parent / "kernels"
 def check_na2d_av(attn_shape, value_shape, kernel_size):
     """Raise ValueError, with the shapes, unless they fit together as `na2d_av` describes."""
     shapes = f"attn {tuple(attn_shape)}, value {tuple(value_shape)}, kernel_size {kernel_size}"
-    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+    if not isinstance(kernel_size, (int, np.integer)) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"na2d_av: kernel_size must be a positive odd integer: {shapes}")
     if len(attn_shape) != 5 or len(value_shape) != 5:
         raise ValueError(f"na2d_av: attn and value must have 5 axes: {shapes}")
@@ -64,11 +66,13 @@ class NA2dAV(jt.Function):
 def launch(headers, code, inputs, shapes, data):
     """Run a kernel: `headers` of kernels/ and C++ `code`, each a pair for CPU and CUDA ("" where there is none).
 
-    In the code, inputs are in0_p, in1_p, ..., float32 outputs of `shapes` out0_p, ..., and $NAME is the whole number
+    In the code, inputs are in0_p, in1_p, ..., outputs of `shapes` out0_p, ..., and $NAME is the whole number
     data[NAME]. Numbers go in as data and not as text, so that another shape needs no other compilation.
+    Everything is float32; other inputs raise ValueError.
     """
-    for name in data:
-        code = [text.replace(f"${name}", f'(int)data["{name}"]') for text in code]
+    if any(str(x.dtype) != "float32" for x in inputs):
+        raise ValueError(f"the kernels are for float32, got {', '.join(str(x.dtype) for x in inputs)}; use x.float32()")
+    code = [re.sub(r"\$(\w+)", lambda match: f'(int)data["{match[1]}"]', text) for text in code]
     cpu, cuda = ("\n".join(f'#include "{KERNELS / name}"' for name in names) for names in headers)
     return jt.code(shapes, ["float32"] * len(shapes), inputs, cpu_header=cpu, cpu_src=code[0],
                    cuda_header=cuda, cuda_src=code[1], data=data)

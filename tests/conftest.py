@@ -45,9 +45,6 @@ class Jittor:
     def cross_entropy(self, logits, target):
         return self.jt.nn.cross_entropy_loss(logits, target)
 
-    def adamw(self, parameters, lr, weight_decay):
-        return self.jt.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
-
     def step(self, optimizer, loss):
         optimizer.step(loss)
 
@@ -77,9 +74,6 @@ class Torch:
 
     def cross_entropy(self, logits, target):
         return self.torch.nn.functional.cross_entropy(logits, target)
-
-    def adamw(self, parameters, lr, weight_decay):
-        return self.torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
 
     def step(self, optimizer, loss):
         optimizer.zero_grad()

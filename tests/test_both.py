@@ -1,7 +1,7 @@
 """What needs both environments: the mirror, the same bits from the same seed, each other's checkpoints."""
 import argparse
 import ast
-import csv
+import difflib
 import os
 import re
 import subprocess
@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MIRRORED = ["models.py", "layers.py", "dataset.py", "checkpoint.py", "progress.py", "torch_pickle.py", "train.py"]
+ONLY_JITTOR_FILES = {"aligned_nn.py", "fused.py", "jittor_setup.py"}
+MIRRORED = sorted(path.name for path in (ROOT / "torch_impl").glob("*.py"))
 # What only one framework needs. Everything else must be in both.
 ONLY_JITTOR = {"ops.py": {"NA2dAV", "NA2dAV.execute(self, attn, value, kernel_size)", "NA2dAV.grad(self, grad_out)",
                           "NA2dAV.run(self, kernel, a, b, out_shape)", "launch(headers, code, inputs, shapes, data)"}}
@@ -52,10 +54,26 @@ def outline(path):
     return names
 
 
-@pytest.mark.parametrize("name", [*MIRRORED, "ops.py"])
+def constants(path):
+    """{name: value} of the literals at the top of a file, without those that name the framework or its backends."""
+    values = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id] = ast.unparse(node.value)
+    return {name: value for name, value in values.items() if name not in ("FRAMEWORK", "SUFFIX")}
+
+
+def test_the_same_files():
+    jittor = {path.name for path in (ROOT / "jittor_impl").glob("*.py")}
+    assert jittor - ONLY_JITTOR_FILES == set(MIRRORED)
+
+
+@pytest.mark.parametrize("name", MIRRORED)
 def test_mirror(name):
-    jittor = [n for n in outline(ROOT / "jittor_impl" / name)]
-    torch = [n for n in outline(ROOT / "torch_impl" / name)]
+    jittor = outline(ROOT / "jittor_impl" / name)
+    torch = outline(ROOT / "torch_impl" / name)
+    if name != "ops.py":
+        assert constants(ROOT / "jittor_impl" / name) == constants(ROOT / "torch_impl" / name)
     only_jittor = {n.replace(".execute(", ".forward(") for n in ONLY_JITTOR.get(name, ())}
     assert only_jittor <= set(jittor) and ONLY_TORCH.get(name, set()) <= set(torch)
     assert [n for n in jittor if n not in only_jittor] == [n for n in torch if n not in ONLY_TORCH.get(name, ())]
@@ -66,11 +84,15 @@ def test_files_without_a_framework_are_the_same(name):
     assert (ROOT / "jittor_impl" / name).read_text() == (ROOT / "torch_impl" / name).read_text()
 
 
-@pytest.mark.parametrize("name", MIRRORED)
-def test_mirrored_lines_stand_at_the_same_place(name):
-    """The diff is a translation table: few lines, and blank lines at the same places."""
-    counts = [len((ROOT / f"{impl}_impl" / name).read_text().splitlines()) for impl in ("jittor", "torch")]
-    assert abs(counts[0] - counts[1]) <= 12, counts
+@pytest.mark.parametrize("name", [name for name in MIRRORED if name != "ops.py"])
+def test_the_diff_is_a_translation_table(name):
+    """Mirrored files differ in few lines. models.py has every line, blank or not, at the same place."""
+    jittor, torch = ((ROOT / f"{impl}_impl" / name).read_text().splitlines() for impl in ("jittor", "torch"))
+    same = sum(block.size for block in difflib.SequenceMatcher(None, jittor, torch, autojunk=False).get_matching_blocks())
+    assert same >= 0.8 * max(len(jittor), len(torch)), (same, len(jittor), len(torch))
+    if name == "models.py":
+        assert len(jittor) == len(torch)
+        assert [not line for line in jittor] == [not line for line in torch]
 
 
 def test_help_lists_the_same_options(pythons):
@@ -100,38 +122,63 @@ def test_runs_lie_on_each_other_and_read_each_others_checkpoints(pythons, datase
     history, suffix = {}, {"jittor": "", "torch": "_torch"}
     for name in pythons:
         run(pythons, name, *common, "--epochs", 2)
-        with open(tmp_path / f"log{suffix[name]}.csv") as f:
-            history[name] = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(f)]
+        history[name] = pd.read_csv(tmp_path / f"log{suffix[name]}.csv")
     # Six steps: the frameworks round differently, AdamW divides by the root of tiny squares, no more.
-    for jittor, torch in zip(history["jittor"], history["torch"]):
-        for key in ("train_loss", "train_loss_aux", "val_loss"):
-            assert jittor[key] == pytest.approx(torch[key], rel=2e-3), key
+    for key in ("train_loss", "train_loss_aux", "val_loss"):
+        assert history["jittor"][key].to_numpy() == pytest.approx(history["torch"][key].to_numpy(), rel=2e-3), key
 
     for name, other in (("jittor", "torch"), ("torch", "jittor")):
         checkpoint = tmp_path / f"last{suffix[other]}.safetensors"
         out = run(pythons, name, *common, "--evaluate", checkpoint)
         loss = float(re.search(r"val loss ([\d.]+)", out).group(1))
-        assert loss == pytest.approx(history[other][-1]["val_loss"], abs=2e-4)
+        assert loss == pytest.approx(history[other]["val_loss"].iloc[-1], abs=2e-4)
         out = run(pythons, name, *common, "--output", tmp_path / "resumed", "--epochs", 3, "--resume", checkpoint)
         assert "resumed from" in out and "epoch 3/3" in out
 
 
-@pytest.mark.parametrize("key", [None, "state_dict", "model"])
-def test_official_checkpoints_load_into_both(pythons, dataset, tmp_path, key):
+@pytest.mark.parametrize("key, dtype", [(None, "float32"), ("state_dict", "float32"), ("model", "float16")])
+def test_official_checkpoints_load_into_both(pythons, dataset, tmp_path, key, dtype):
     """A .pth as the official release is: 1000 classes, under a key or not, beside objects that are no tensors."""
     import models
     import torch
     from reference_weights import formula
     model = models.overlock_xxt(num_classes=1000)
-    model.load_state_dict({k: torch.from_numpy(formula(k, tuple(v.shape))) for k, v in model.state_dict().items()})
-    state = model.state_dict()
+    state = {k: torch.from_numpy(formula(k, tuple(v.shape))) for k, v in model.state_dict().items()}
+    state = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
     content = state if key is None else {key: state, "epoch": 3, "args": argparse.Namespace(lr=1.0)}
     torch.save(content, tmp_path / "overlock.pth")
     common = ["--num-classes", "3", "--train-per-class", "2", "--val-per-class", "6", "--epochs", "1",
               "--data-dir", dataset, "--output", tmp_path, "--lr", "1e-12", "--init", tmp_path / "overlock.pth"]
     losses = []
-    for name in pythons if key else ["torch"]:
+    for name in pythons:
         out = run(pythons, name, *common)
         assert "left at their initial values: head.4.weight" in out
-        losses.append(re.search(r"train loss ([\d.]+)", out).group(1))
-    assert losses[0] == losses[-1]
+        losses.append(float(re.search(r"train loss ([\d.]+)", out).group(1)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_hostile_pth_is_refused(tmp_path):
+    """A tensor that reaches beyond its storage, and a class that would run code."""
+    import torch
+    import torch_pickle
+    with pytest.raises(ValueError):
+        torch_pickle.rebuild_tensor(np.zeros(4, np.float32), 2, (3,), (1,))
+    with pytest.raises(ValueError):
+        torch_pickle.rebuild_tensor(np.zeros(4, np.float32), 0, (2, 2), (-1, 1))
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    torch.save({"weight": torch.arange(6.0).reshape(2, 3).T, "extra": Hostile()}, tmp_path / "hostile.pth")
+    content = torch_pickle.read(tmp_path / "hostile.pth")
+    assert np.array_equal(content["weight"], np.arange(6, dtype=np.float32).reshape(2, 3).T)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_model_table_of_the_readmes():
+    """docs/model_table.py prints the table that stands in both READMEs."""
+    table = subprocess.run([sys.executable, ROOT / "docs" / "model_table.py"], capture_output=True, text=True, check=True).stdout
+    for name in ("README.md", "README_zh.md"):
+        for row in table.splitlines()[2:]:
+            assert row in (ROOT / name).read_text(), (name, row)

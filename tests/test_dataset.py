@@ -3,7 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
-from dataset import MEAN, STD, InputError, load
+from dataset import MEAN, STD, InputError, TinyImageNet, load
 from PIL import Image
 
 
@@ -34,7 +34,7 @@ def test_greyscale_files_become_rgb(dataset):
 def test_batches_are_a_formula_of_seed_and_epoch(dataset):
     train, val = load(dataset, 3, 12, 6)
     generator = np.random.default_rng([7, 2])
-    order, flip = generator.permutation(36), None
+    order = generator.permutation(36)
     flip = generator.random(36) < 0.5
     batches = list(train.batches(16, seed=7, epoch=2))
     assert [len(labels) for _, labels in batches] == [16, 16, 4]  # no batch is dropped, the last is smaller
@@ -90,13 +90,58 @@ def test_annotated_image_that_is_missing(broken):
         load(broken, 3, 12, 6)
 
 
-def test_malformed_annotation_line(broken):
+@pytest.mark.parametrize("line", ["val_n01_2.JPEG n01 0 0 63 63", "val_n01_2.JPEG\tn01", "val_n01_2.JPEG\tn01\t0\t0\t63\tx"])
+def test_malformed_annotation_line(broken, line):
     path = broken / "val" / "val_annotations.txt"
     lines = path.read_text().splitlines()
-    lines[4] = "val_n01_2.JPEG n01 0 0 63 63"
+    lines[4] = line
     path.write_text("\n".join(lines))
     with pytest.raises(InputError, match="val_annotations.txt, line 5"):
         load(broken, 3, 12, 6)
+
+
+def test_evaluation_reads_no_training_images(broken):
+    (broken / "train" / "n01" / "images" / "n01_3.JPEG").write_text("broken")
+    train, val = load(broken, 3, 0, 6)
+    assert train is None and len(val) == 18
+
+
+def test_damaged_image_of_another_format(broken):
+    """Pillow's decoders raise more than OSError."""
+    path = broken / "train" / "n01" / "images" / "n01_3.JPEG"
+    Image.open(path).save(path, format="PNG")
+    data = bytearray(path.read_bytes())
+    data[40:60] = bytes(20)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="n01_3.JPEG"):
+        load(broken, 3, 12, 6)
+
+
+def test_loading_costs_at_most_5_percent_of_a_training_step(impl):
+    """XXT, batch 64, 64x64; the best of several, so that a busy machine does not decide."""
+    import time
+
+    import train
+
+    data = object.__new__(TinyImageNet)
+    generator = np.random.default_rng(0)
+    data.images, data.labels = generator.integers(0, 256, (640, 64, 64, 3)).astype(np.uint8), np.zeros(640, np.int64)
+    loading = []
+    for epoch in range(5):
+        start = time.perf_counter()
+        batches = list(data.batches(64, seed=0, epoch=epoch))
+        loading.append((time.perf_counter() - start) / len(batches))
+    model = impl.models.overlock_xxt(num_classes=20)
+    args = train.make_parser().parse_args([])
+    optimizer, training = train.make_optimizer(model, args), []
+    model.train()
+    for images, labels in batches[:5]:
+        start = time.perf_counter()
+        loss = impl.cross_entropy(model(impl.array(images))["main"], impl.array(labels))
+        impl.step(optimizer, loss)
+        impl.numpy(loss)
+        training.append(time.perf_counter() - start)
+    assert min(loading) <= 0.05 * min(training), (min(loading), min(training))
 
 
 def test_images_of_two_sizes(broken):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import aligned_nn
 import numpy as np
 import ops
 import pytest
@@ -60,8 +61,11 @@ def test_depthwise_convolution(shape, K, dilation, bias, residual):
         assert error(grads[2], grad_y.astype(np.float64).sum((0, 2, 3))) < 5e-6
 
 
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 4, 4), (2, 24, 7, 9)])
-def test_grn(shape):
+def test_grn(shape, kernels, monkeypatch):
+    """By the CPU kernel, and by the operators that run on a GPU."""
+    monkeypatch.setattr(aligned_nn, "on_cpu", lambda: kernels)
     generator = np.random.default_rng(0)
     x, grad_y = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
     x[0, 1] = 0  # a dead channel
@@ -83,23 +87,33 @@ def test_grn(shape):
 
 
 def test_the_thread_count_changes_no_bit_of_a_kernel(tmp_path):
-    """Depthwise convolution and BatchNorm write each number by one thread, in one order."""
+    """Every kernel writes each number by one thread, in one order."""
     code = f"""
 import sys; sys.path.insert(0, {str(ops.KERNELS.parent)!r})
 import numpy as np
-from aligned_nn import BatchNorm2d, Conv2d
+from aligned_nn import BatchNorm2d, Conv2d, channel_norm, grn
 from jittor_setup import jt
+from ops import na2d_av
 generator = np.random.default_rng(0)
-x, g = (jt.array(generator.standard_normal((21, 24, 9, 9)).astype(np.float32)) for _ in range(2))
+normal = lambda *shape: jt.array(generator.standard_normal(shape).astype(np.float32))
+x, g, attn, gamma = normal(21, 24, 9, 9), normal(21, 24, 9, 9), normal(21, 2, 9, 9, 25), normal(1, 24, 1, 1)
 conv, norm = Conv2d(24, 24, 5, padding=2, groups=24), BatchNorm2d(24)
-conv.weight.update(jt.array(generator.standard_normal((24, 1, 5, 5)).astype(np.float32)))
+conv.weight.update(normal(24, 1, 5, 5))
 conv.bias.update(jt.zeros(24))
-y = norm(conv(x))
-np.savez(sys.argv[1], y=y.numpy(), *[v.numpy() for v in jt.grad((y * g).sum(), [x, conv.weight, norm.weight])])
+y = grn(channel_norm(norm(conv(x)), norm.weight, norm.bias, 1e-6), gamma, gamma)
+y = na2d_av(attn, y.reshape(21, 2, 12, 9, 9).permute(0, 1, 3, 4, 2), 5).permute(0, 1, 4, 2, 3).reshape(x.shape)
+grads = jt.grad((y * g).sum(), [x, conv.weight, norm.weight, gamma, attn])
+np.savez(sys.argv[1], y.numpy(), *[v.numpy() for v in grads])
 """
     results = []
     for threads in ("1", "2"):
         out = tmp_path / f"{threads}.npz"
         subprocess.run([sys.executable, "-c", code, out], check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
         results.append(dict(np.load(out)))
+    assert results[0].keys() == results[1].keys() and len(results[0]) == 6
     assert all(np.array_equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_other_types_are_refused():
+    with pytest.raises(ValueError, match="float32"):
+        grn(jt.zeros((1, 2, 3, 3)).float16(), jt.zeros((1, 2, 1, 1)), jt.zeros((1, 2, 1, 1)))

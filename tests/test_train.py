@@ -1,5 +1,8 @@
 """train.py as its user runs it: files, resuming after kill -9, bad input, interruption."""
 import csv
+import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoint import read_checkpoint
+from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 WALL_CLOCK = ("epoch_time", "images_per_second")
@@ -84,9 +88,10 @@ def test_kill_and_resume_gives_the_numbers_of_an_unbroken_run(impl, command, dat
             break
     process.wait()
     assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == 1
-    # A row that was written but whose checkpoint was not, and half a checkpoint: what a kill at a worse moment leaves.
-    with open(tmp_path / f"log{impl.suffix}.csv", "a") as f:
-        f.write("1.0,2.0,")
+    # The worst moment: the last checkpoint is new, CSV and text log are not yet, and a temporary file is half written.
+    for name in ("csv", "txt"):
+        path = tmp_path / f"log{impl.suffix}.{name}"
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith(("epoch 1/", "1", "2", "3"))))
     (tmp_path / f"last{impl.suffix}.safetensors.tmp").write_bytes(b"half")
 
     result = run(command, *options, "--resume")
@@ -97,21 +102,41 @@ def test_kill_and_resume_gives_the_numbers_of_an_unbroken_run(impl, command, dat
     for actual, wanted in zip(resumed[:2], unbroken[:2]):
         assert actual.keys() == wanted.keys()
         assert all(np.array_equal(actual[key], wanted[key]) for key in wanted)
-    assert "resumed from" in (tmp_path / f"log{impl.suffix}.txt").read_text()
+    text = (tmp_path / f"log{impl.suffix}.txt").read_text()
+    assert "resumed from" in text and all(text.count(f"epoch {epoch}/3: train loss") == 1 for epoch in (1, 2, 3))
 
 
-def test_interrupt_says_how_to_resume(impl, command, dataset, tmp_path):
-    options = [*SIZES, "--data-dir", dataset, "--epochs", 500, "--output", tmp_path]
-    process = subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def interrupt_after(command, options, line_start, group=False):
+    """Start a run, press Ctrl-C after a line of output; group: as a terminal does, to the compilers too."""
+    process = subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     for line in process.stdout:
-        if line.startswith("epoch 1/500: train loss"):
+        if line.startswith(line_start):
             break
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    lines = [line for line in stderr.splitlines() if not line.startswith("jittor_setup:")]
-    assert process.returncode == 130 and len(lines) == 1, stderr
-    assert "interrupted" in lines[0] and "--resume" in lines[0] and str(tmp_path) in lines[0]
+    os.killpg(process.pid, signal.SIGINT) if group else process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    lines = [line for line in stderr.splitlines() if line.startswith("train.py:")]
+    assert process.returncode == 130 and len(lines) == 1 and "Traceback" not in stderr, stderr
+    return lines[0]
+
+
+def test_interrupt_says_how_to_resume(impl, command, dataset, finished, tmp_path):
+    options = [*SIZES, "--data-dir", dataset, "--output", tmp_path, "--seed", 1]
+    source = finished[0] / f"last{impl.suffix}.safetensors"
+    line = interrupt_after(command, [*options, "--epochs", 500, "--init", source], "epoch 1/500: train loss")
+    words = shlex.split(line.partition("resume with: ")[2])
+    assert "--init" not in words
+    done = len(rows(tmp_path / f"log{impl.suffix}.csv"))
+    words[words.index("--epochs") + 1] = str(done + 1)
+    result = subprocess.run(words, capture_output=True, text=True)  # the very command that was printed
+    assert result.returncode == 0, result.stderr
+    assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == done + 1
+
+
+def test_interrupt_before_the_first_epoch_ends(impl, command, dataset, tmp_path):
+    options = [*SIZES, "--data-dir", dataset, "--epochs", 500, "--output", tmp_path]
+    assert "no epoch was finished" in interrupt_after(command, options, "overlock_xxt", group=True)
 
 
 def test_an_earlier_run_is_set_aside(impl, command, dataset, tmp_path):
@@ -135,17 +160,41 @@ def test_init_keeps_the_classifier_of_another_size(impl, command, dataset, finis
                  "--data-dir", dataset, "--init", checkpoint, "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "left at their initial values: head.4.weight, head.4.bias, aux_head.2.weight, aux_head.2.bias" in result.stdout
+    assert [row["epoch"] for row in rows(tmp_path / f"log{impl.suffix}.csv")] == ["1"]  # a history of its own
 
 
-def test_loss_that_is_not_finite_stops_the_run(impl, command, dataset, finished, tmp_path):
-    for name in ("last", "log"):
-        source = next(finished[0].glob(f"{name}{impl.suffix}.[sc]*"))
-        (tmp_path / source.name).write_bytes(source.read_bytes())
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("batch_size, words", [(16, ("the loss is", "epoch 1, step")), (36, ("the validation loss is", "epoch 1, step 1"))])
+def test_loss_that_is_not_finite_stops_the_run(impl, command, dataset, finished, tmp_path, batch_size, words):
+    """In the middle of an epoch, and in its last step, which only the validation loss can tell."""
+    source = finished[0] / f"last{impl.suffix}.safetensors"
+    result = run(command, *SIZES, "-b", batch_size, "--data-dir", dataset, "--init", source, "--lr", 1e30, "--output", tmp_path)
+    one_line(result, *words, "--lr")
+    assert not list(tmp_path.glob("*.safetensors")) and len(rows(tmp_path / f"log{impl.suffix}.csv")) == 0
+
+
+def test_resuming_elsewhere_overwrites_no_other_run(impl, command, dataset, finished, tmp_path):
+    (tmp_path / f"log{impl.suffix}.csv").write_text("another run")
+    source = finished[0] / f"last{impl.suffix}.safetensors"
+    before = snapshot(finished[0])
+    result = run(command, *SIZES, "--data-dir", dataset, "--epochs", 4, "--resume", source, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "previous-1" / f"log{impl.suffix}.csv").read_text() == "another run"
+    assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == 4 and snapshot(finished[0]) == before
+
+
+def test_full_disk_is_one_line_and_keeps_the_checkpoint(impl, command, dataset, finished, tmp_path):
+    for path in finished[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     checkpoint = tmp_path / f"last{impl.suffix}.safetensors"
-    good = checkpoint.read_bytes()
-    result = run(command, *SIZES, "--data-dir", dataset, "--init", checkpoint, "--lr", 1e30, "--output", tmp_path / "new")
-    one_line(result, "the loss is", "epoch 1, step", "--lr")
-    assert checkpoint.read_bytes() == good
+    limit = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); os.execv(sys.argv[1], sys.argv[1:])"
+    options = [*SIZES, "--data-dir", dataset, "--epochs", 5, "--output", tmp_path, "--resume"]
+    result = run([sys.executable, "-c", limit, *command], *options)
+    one_line(result, checkpoint.parent)
+    assert checkpoint.read_bytes() == (finished[0] / checkpoint.name).read_bytes() and not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("option, value", [("--batch-size", "0"), ("--epochs", "0"), ("--epochs", "two"), ("--lr", "-1"),
@@ -158,6 +207,45 @@ def test_bad_data(impl, command, dataset, tmp_path):
     one_line(run(command, "--data-dir", tmp_path / "absent", "--output", tmp_path / "out"), tmp_path / "absent", "prepare.py")
     one_line(run(command, "--data-dir", dataset, "--output", tmp_path / "out"), "--num-classes")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_device_that_is_not_there(impl, command, dataset, tmp_path):
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    options = [*SIZES, "--data-dir", dataset, "--output", tmp_path, "--device", "cuda"]
+    result = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, env=hidden)
+    one_line(result, "--device cpu")
+
+
+def test_natten_that_is_not_installed(impl, monkeypatch):
+    if impl.name != "torch":
+        pytest.skip("only torch_impl can use NATTEN")
+    import train
+    monkeypatch.setattr(impl.ops, "natten_na2d_av", None)
+    args = train.make_parser().parse_args(["--na2d", "natten"])
+    with pytest.raises(train.InputError, match="requirements-natten.txt"):
+        train.run_training(args, train.RunFiles(args.output))
+
+
+def test_data_of_another_kind_is_not_resumed(impl, command, dataset, finished, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    (tmp_path / "data" / "train" / "n03").rename(tmp_path / "data" / "train" / "n04")
+    annotations = tmp_path / "data" / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text().replace("\tn03\t", "\tn04\t"))
+    source = finished[0] / f"last{impl.suffix}.safetensors"
+    one_line(run(command, *SIZES, "--data-dir", tmp_path / "data", "--epochs", 4, "--resume", source, "--output", tmp_path / "out"),
+             source, "other classes", "--data-dir")
+
+
+def test_last_batch_too_small_for_batch_norm(impl):
+    import train
+    from dataset import TinyImageNet
+    data = object.__new__(TinyImageNet)
+    data.images, data.labels = np.zeros((33, 32, 32, 3), np.uint8), np.zeros(33, np.int64)
+    with pytest.raises(train.InputError, match="--batch-size"):
+        train.check_last_batch(data, 16)
+    train.check_last_batch(data, 15)
+    data.images = np.zeros((33, 64, 64, 3), np.uint8)
+    train.check_last_batch(data, 16)
 
 
 def test_output_that_cannot_be_written(command, dataset, tmp_path):
@@ -176,7 +264,16 @@ def test_bad_checkpoints(impl, command, dataset, finished, tmp_path):
         one_line(run(command, *options, "--init", path), path)
     one_line(run(command, *options, "--evaluate", good, "--num-classes", 2), good, "--num-classes 3")
     one_line(run(command, *options, "--evaluate", good, "--model", "overlock_xt"), good, "another model", "--model")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"weight": np.zeros(3, np.float32)}, foreign)
+    one_line(run(command, *options, "--init", foreign), foreign, "not a checkpoint of train.py")
+    arrays = {f"model.{key}": value for key, value in read_checkpoint(good)[0].items()}
+    save_file(arrays, foreign, metadata={"run": "[1, 2]"})
+    one_line(run(command, *options, "--resume", foreign), foreign)
+    save_file(arrays, foreign)
+    one_line(run(command, *options, "--resume", foreign), foreign, "--init")
     one_line(run(command, *options, "--resume"), "nothing to resume")
+    assert snapshot(finished[0])[Path(good.name)] == good.read_bytes() and not list((tmp_path / "out").iterdir())
     one_line(run(command, *options, "--resume", good, "--epochs", 9, "--seed", 1), "--seed 0")
     one_line(run(command, *options, "--resume", good, "--epochs", 3), "--epochs")
     one_line(run(command, *options, "--resume", good, "--init", good), "exclude")

@@ -60,7 +60,7 @@ def load(data_dir, num_classes, train_per_class, val_per_class, progress=True):
     """Read the first `num_classes` classes, in sorted order, of a folder in TinyImageNet's layout.
 
     Of each class, the first `train_per_class` and `val_per_class` images (by name; as annotated). Returns the
-    training and the validation split. Raises InputError, naming the file, before anything else is done.
+    training split, None for train_per_class=0, and the validation split. Raises InputError, naming the file.
     """
     data_dir = Path(data_dir)
     train_dir, val_dir = data_dir / "train", data_dir / "val"
@@ -69,7 +69,7 @@ def load(data_dir, num_classes, train_per_class, val_per_class, progress=True):
     if not train_dir.is_dir() or not (val_dir / "val_annotations.txt").is_file():
         raise InputError(f"{data_dir} is not TinyImageNet: it lacks train/ or val/val_annotations.txt; "
                          "python data/prepare.py makes the right layout")
-    available = sorted(p.name for p in train_dir.iterdir() if p.is_dir())
+    available = sorted(p.name for p in train_dir.iterdir() if p.is_dir() and not p.name.startswith("."))
     if num_classes > len(available):
         raise InputError(f"{train_dir} has {len(available)} classes, {num_classes} were asked for; lower --num-classes")
     classes = available[:num_classes]
@@ -84,9 +84,10 @@ def load(data_dir, num_classes, train_per_class, val_per_class, progress=True):
     splits = []
     for paths in (train_paths, val_paths):
         labels = [label for label, images in enumerate(paths) for _ in images]
-        splits.append(TinyImageNet([p for images in paths for p in images], labels, classes, progress))
+        paths = [path for images in paths for path in images]
+        splits.append(TinyImageNet(paths, labels, classes, progress) if paths else None)
     train, val = splits
-    if train.images.shape[1:] != val.images.shape[1:]:
+    if train and train.images.shape[1:] != val.images.shape[1:]:
         raise InputError(f"{data_dir}: training images are {train.images.shape[1:3]} pixels, validation images "
                          f"{val.images.shape[1:3]}; python data/prepare.py --verify checks the data set")
     return train, val
@@ -109,8 +110,10 @@ def read_annotations(val_dir):
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a text file; python data/prepare.py --zip FILE unpacks the data set again") from None
     for number, line in enumerate(lines, 1):
-        fields = line.split("\t")
-        if len(fields) < 2 or not fields[0] or not fields[1]:
+        fields = line.split("\t")  # file, class, left, top, right, bottom
+        if not line.strip():
+            continue
+        if len(fields) != 6 or not fields[0] or not fields[1] or not all(f.strip().isdecimal() for f in fields[2:]):
             raise InputError(f"{path}, line {number}: expected file, class and box separated by tabs, got {line[:60]!r}; "
                              "mend the line or unpack the data set again")
         annotated.setdefault(fields[1], []).append(val_dir / "images" / fields[0])
@@ -122,8 +125,8 @@ def decode_one(path):
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except OSError as error:  # missing, truncated, or not an image
-        reason = error.strerror or ("truncated" if "truncated" in str(error) else "not an image")
+    except Exception as error:  # missing, truncated, no image: Pillow raises what its decoders happen to raise
+        reason = getattr(error, "strerror", None) or ("truncated" if "truncated" in str(error) else "not an image")
         raise InputError(f"cannot read image {path} ({reason}); replace it, or unpack the data set again "
                          "(python data/prepare.py --verify lists every broken file)") from None
 
@@ -131,7 +134,8 @@ def decode_one(path):
 def decode(paths, progress):
     """Read image files -> (N, H, W, 3) uint8; all must have one size."""
     images = None
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+    pool = ThreadPoolExecutor()  # Pillow decodes outside Python's lock
+    try:
         decoded = pool.map(decode_one, paths)
         bar = tqdm(decoded, total=len(paths), desc="reading images", unit="image", leave=False,
                    disable=not progress or not sys.stderr.isatty())
@@ -142,4 +146,6 @@ def decode(paths, progress):
                 raise InputError(f"{paths[i]} is {image.shape[1]}x{image.shape[0]} pixels, the images before it are "
                                  f"{images.shape[2]}x{images.shape[1]}; resize it")
             images[i] = image
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
     return images

@@ -221,17 +221,17 @@ class DynamicConvBlock(nn.Module):
         h, w = self.dynamic_conv_size(H, W)
         if (h, w) != (H, W):
             x = interpolate(x, size=(h, w), mode="bilinear", align_corners=False)  # (B, dim, h, w)
-            x_f = interpolate(x_f, size=(h, w), mode="bilinear", align_corners=False)
+            x_f = interpolate(x_f, size=(h, w), mode="bilinear", align_corners=False)  # (B, dim + ctx_dim, h, w)
 
-        query, key = torch.split(x_f, self.dims, dim=1)
+        query, key = torch.split(x_f, self.dims, dim=1)  # (B, dim, h, w), (B, ctx_dim, h, w)
         query = self.weight_query(query) * self.scale  # (B, dim/2, h, w)
         key = self.weight_key(key)  # (B, dim/2, 7, 7)
         query = query.reshape(B, heads, -1, h * w).transpose(2, 3)  # (B, heads, h*w, dim/2/heads)
         key = key.reshape(B, heads, -1, 7 * 7)  # (B, heads, dim/2/heads, 49)
-        # The 1x1 convolution over the 49 affinities of a pixel is a linear map of the last axis.
+        # The 1x1 convolution over the 49 affinities of a pixel is a linear map of the last axis, (k1² + k2², 49).
         weight = linear(query @ key, self.weight_proj.weight.flatten(1), self.weight_proj.bias)
         weight = weight.reshape(B, heads, h, w, k1**2 + k2**2)  # (B, heads, h*w, k1² + k2²) -> (..., h, w, k1² + k2²)
-        attn1, attn2 = torch.split(weight, (k1**2, k2**2), dim=-1)
+        attn1, attn2 = torch.split(weight, (k1**2, k2**2), dim=-1)  # (B, heads, h, w, k1²), (..., k2²)
         attn1 = torch.softmax(attn1 + self.position_bias(self.rpb1, h, w, k1), dim=-1)  # (B, heads, h, w, k1²)
         attn2 = torch.softmax(attn2 + self.position_bias(self.rpb2, h, w, k2), dim=-1)  # (B, heads, h, w, k2²)
 
@@ -252,6 +252,7 @@ class DynamicConvBlock(nn.Module):
 
     def position_bias(self, rpb, h, w, kernel_size):
         """Relative position bias, from rpb (heads, 2K-1, 2K-1) -> (heads, h, w, K*K)."""
+        # (heads, (2K-1)²) indexed by (h, w, K*K)
         return rpb.flatten(1)[:, relative_position_index(h, w, kernel_size)]
 
 
@@ -259,13 +260,14 @@ class OverLoCK(nn.Module):
     """The whole network. `depth` to `projection` are a row of VARIANTS.
 
     Training mode returns dict(main=logits, aux=logits of the Overview-Net), evaluation the main logits;
-    (B, num_classes) each. num_classes=0 leaves both classifiers out and returns the pooled features.
+    (B, num_classes) each. num_classes=0 leaves both classifiers out and returns the pooled features. `seed` is that
+    of the initial weights, `deploy` builds the form that `reparam` makes.
     `feature_dims` are the channels of what `features` returns.
     """
 
     def __init__(self, depth, sub_depth, embed_dim, kernel_size, mlp_ratio, sub_num_heads, sub_mlp_ratio, projection,
                  in_chans=3, num_classes=1000, ls_init_value=(None, None, 1, 1), smk_size=5, drop_path_rate=0.0,
-                 deploy=False):
+                 deploy=False, seed=0):
         super().__init__()
         ctx_dim = embed_dim[3] // 4
         self.num_classes = num_classes
@@ -301,7 +303,7 @@ class OverLoCK(nn.Module):
             AdaptiveAvgPool2d(1),
             Conv2d(projection, num_classes, kernel_size=1) if num_classes > 0 else nn.Identity(),
         )
-        self.init_weights(seed=0)
+        self.init_weights(seed)
 
     def init_weights(self, seed):
         """Draw every convolution's weight from N(0, 0.02²), by NumPy and by its name: the same bits in any framework.
@@ -354,7 +356,7 @@ class OverLoCK(nn.Module):
 
     def forward(self, x):
         _, _, _, x, overview = self.stages(x)
-        main = self.head(x).flatten(1)  # (B, num_classes)
+        main = self.head(x).flatten(1)  # (B, num_classes, 1, 1) -> (B, num_classes)
         if not self.training:
             return main
         return dict(main=main, aux=self.aux_head(overview).flatten(1))

@@ -30,7 +30,7 @@ def set_na2d_backend(name):
 def check_na2d_av(attn_shape, value_shape, kernel_size):
     """Raise ValueError, with the shapes, unless they fit together as `na2d_av` describes."""
     shapes = f"attn {tuple(attn_shape)}, value {tuple(value_shape)}, kernel_size {kernel_size}"
-    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+    if not isinstance(kernel_size, (int, np.integer)) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"na2d_av: kernel_size must be a positive odd integer: {shapes}")
     if len(attn_shape) != 5 or len(value_shape) != 5:
         raise ValueError(f"na2d_av: attn and value must have 5 axes: {shapes}")
@@ -70,8 +70,8 @@ def tiling(size, kernel_size, whole):
     """Cut an axis into tiles of equal length.
 
     A tile of `tile` pixels reads `region` consecutive values, the union of its pixels' windows.
-    Returns tile, first value of each region (tiles,), and each pixel's window start within its region
-    (tiles, tile); the last tile may reach beyond the axis, its surplus pixels have zero weight.
+    Returns tile, region, the first value of each region (tiles,), and each pixel's window start within its region
+    (tiles, tile). The last tile may reach beyond the axis; its surplus pixels have zero weight.
     """
     tile = size if whole else min(TILE, size)
     tiles = -(-size // tile)
@@ -92,11 +92,12 @@ def tile_indices(height, width, kernel_size, device):
     rows = (start_h[:, :, None] + offset)[:, None, :, None, :, None]  # (tiles_h, 1, tile_h, 1, K, 1)
     cols = (start_w[:, :, None] + offset)[None, :, None, :, None, :]  # (1, tiles_w, 1, tile_w, 1, K)
     column = rows * region_w + cols  # (tiles_h, tiles_w, tile_h, tile_w, K, K)
+    # -> (tiles, pixels of a tile, K*K): the place of each weight among the values of its tile
     column = column.reshape(len(first_h) * len(first_w), tile_h * tile_w, kernel_size**2)
     read_h = (first_h[:, None] + np.arange(region_h)).reshape(-1)  # (tiles_h * region_h,)
     read_w = (first_w[:, None] + np.arange(region_w)).reshape(-1)
-    to = lambda array: torch.from_numpy(array).to(device)
-    return (tile_h, tile_w, region_h, region_w), to(read_h), to(read_w), to(column)
+    indices = [torch.from_numpy(array).to(device) for array in (read_h, read_w, column)]
+    return (tile_h, tile_w, region_h, region_w), *indices
 
 
 def na2d_av_dense(attn, value, kernel_size):
@@ -109,17 +110,20 @@ def na2d_av_dense(attn, value, kernel_size):
     tiles_h, tiles_w = -(-H // tile_h), -(-W // tile_w)
 
     if tiles_h * tiles_w > 1:
-        # Pixels beyond the map get zero weights.
+        # Pixels beyond the map get zero weights: (B, heads, tiles_h * tile_h, tiles_w * tile_w, K*K).
         attn = torch.nn.functional.pad(attn, (0, 0, 0, tiles_w * tile_w - W, 0, tiles_h * tile_h - H))
-        attn = attn.reshape(B, heads, tiles_h, tile_h, tiles_w, tile_w, -1).transpose(3, 4)
+        attn = attn.reshape(B, heads, tiles_h, tile_h, tiles_w, tile_w, -1)
+        attn = attn.transpose(3, 4)  # (B, heads, tiles_h, tiles_w, tile_h, tile_w, K*K)
         value = value.index_select(2, read_h).index_select(3, read_w)  # (B, heads, tiles*region_h, tiles*region_w, dim)
-        value = value.reshape(B, heads, tiles_h, region_h, tiles_w, region_w, dim).transpose(3, 4)
+        value = value.reshape(B, heads, tiles_h, region_h, tiles_w, region_w, dim)
+        value = value.transpose(3, 4)  # (B, heads, tiles_h, tiles_w, region_h, region_w, dim)
     attn = attn.reshape(B, heads, tiles_h * tiles_w, tile_h * tile_w, -1)  # (B, heads, tiles, pixels, K*K)
     value = value.reshape(B, heads, tiles_h * tiles_w, region_h * region_w, dim)  # (B, heads, tiles, values, dim)
 
     matrix = attn.new_zeros(*attn.shape[:4], region_h * region_w)  # (B, heads, tiles, pixels, values)
     matrix = matrix.scatter(-1, column.expand(*attn.shape), attn)
     out = matrix @ value  # (B, heads, tiles, pixels, dim)
-    out = out.reshape(B, heads, tiles_h, tiles_w, tile_h, tile_w, dim).transpose(3, 4)
+    out = out.reshape(B, heads, tiles_h, tiles_w, tile_h, tile_w, dim)
+    out = out.transpose(3, 4)  # (B, heads, tiles_h, tile_h, tiles_w, tile_w, dim)
     out = out.reshape(B, heads, tiles_h * tile_h, tiles_w * tile_w, dim)
-    return out[:, :, :H, :W]
+    return out[:, :, :H, :W]  # (B, heads, H, W, dim)

@@ -26,6 +26,9 @@ class Opaque:
 
 def rebuild_tensor(storage, offset, size, stride, *_):
     """torch._utils._rebuild_tensor_v2: a strided view of a flat storage, copied."""
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride)) if all(size) else -1
+    if offset < 0 or min((*size, *stride), default=0) < 0 or last >= len(storage):
+        raise ValueError("a tensor reaches beyond its storage")
     strides = [s * storage.itemsize for s in stride]
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import platform
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -48,7 +49,7 @@ def number(kind, minimum, exclusive=False):
     return parse
 
 
-def parse_args():
+def make_parser():
     parser = ArgumentParser(prog="train.py", description=f"Train OverLoCK on TinyImageNet in {FRAMEWORK}.",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -72,10 +73,25 @@ def parse_args():
     add("--no-progress", action="store_true", help="print one line per epoch and nothing between")
     add("--na2d", choices=ops.BACKENDS, default="auto",
         help="who computes na2d_av: NATTEN, our dense product, or auto: NATTEN on a GPU if installed, else dense")
+    return parser
+
+
+def parse_args():
+    parser = make_parser()
     args = parser.parse_args()
     if sum(option is not None for option in (args.init, args.resume, args.evaluate)) > 1:
         parser.error("--init, --resume and --evaluate exclude one another; give one of them")
     return args
+
+
+def resume_command(args):
+    """The command that continues the run of `args` after it was stopped."""
+    parser, words = make_parser(), [sys.executable, sys.argv[0]]
+    for name, value in vars(args).items():
+        if name in ("init", "resume", "evaluate") or value == parser.get_default(name):
+            continue
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join([*words, "--resume"])
 
 
 def choose_device(args):
@@ -90,6 +106,7 @@ def choose_device(args):
 
 
 def make_optimizer(model, args):
+    """AdamW with every hyper-parameter spelled out: the frameworks' defaults differ."""
     parameters = list(trainable(model).values())
     return torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay)
 
@@ -144,6 +161,7 @@ class RunFiles:
         self.output = output
         self.csv, self.text = output / f"log{SUFFIX}.csv", output / f"log{SUFFIX}.txt"
         self.last, self.best = output / f"last{SUFFIX}.safetensors", output / f"best{SUFFIX}.safetensors"
+        self.resumable = False  # whether self.last is of the run under way
 
     def check_writable(self):
         try:
@@ -159,10 +177,10 @@ class RunFiles:
         earlier = [path for path in (self.csv, self.text, self.last, self.best) if path.exists()]
         if earlier:
             number = 1
-            while any((self.output / f"previous-{number}" / path.name).exists() for path in earlier):
+            while (self.output / f"previous-{number}").exists():
                 number += 1
             folder = self.output / f"previous-{number}"
-            folder.mkdir(exist_ok=True)
+            folder.mkdir()
             for path in earlier:
                 path.rename(folder / path.name)
             say(f"the files of an earlier run were moved to {folder}")
@@ -173,9 +191,22 @@ class RunFiles:
         with open(self.text, "a", encoding="utf-8") as f:
             f.write(line + "\n")
 
+    def log_history(self, history, epochs):
+        """Log the epochs that a killed run finished, but had no time to log."""
+        text = self.text.read_text(encoding="utf-8") if self.text.exists() else ""
+        for row in history:
+            if f"epoch {row['epoch']}/" not in text:
+                self.log(epoch_line(row, epochs))
+
     def write_csv(self, history):
         rows = [COLUMNS] + [[repr(row[column]) for column in COLUMNS] for row in history]
         write_atomic(self.csv, "".join(",".join(row) + "\n" for row in rows).encode())
+
+
+def epoch_line(row, epochs):
+    return (f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f} (main {row['train_loss_main']:.4f}, "
+            f"aux {row['train_loss_aux']:.4f}), val loss {row['val_loss']:.4f}, top-1 {row['acc_top1']:.4f}, "
+            f"top-5 {row['acc_top5']:.4f}, {row['epoch_time']:.2f} min, {row['images_per_second']:.0f} images/s")
 
 
 def check_resumable(run, args, path):
@@ -183,17 +214,27 @@ def check_resumable(run, args, path):
     if not run:
         raise InputError(f"{path} has weights only; use it with --init")
     for name in RUN_ARGUMENTS:
-        if run["args"][name] != getattr(args, name):
-            option = f"--{name.replace('_', '-')} {run['args'][name]}"
+        if run["args"].get(name) != getattr(args, name):
+            option = f"--{name.replace('_', '-')} {run['args'].get(name)}"
             raise InputError(f"the run in {path} was started with {option}; give that too, or start anew with --init")
     if run["epoch"] >= args.epochs:
         raise InputError(f"the run in {path} has done its {run['epoch']} epochs; give a larger --epochs to go on")
 
 
-def run_training(args):
+def check_last_batch(train, batch_size):
+    """BatchNorm needs two values per channel: raise InputError if the last batch has one image, and that one pixel."""
+    pixels = int(np.prod([-(-size // 32) for size in train.images.shape[1:3]]))  # of the map at stride 32
+    if (len(train) - 1) % batch_size == 0 and pixels == 1:
+        raise InputError("the last batch would be a single small image, too little for BatchNorm; "
+                         "change --batch-size or --train-per-class")
+
+
+def run_training(args, files):
     device_name = choose_device(args)
-    ops.set_na2d_backend(args.na2d)
-    files = RunFiles(args.output)
+    try:
+        ops.set_na2d_backend(args.na2d)
+    except ValueError as error:
+        raise InputError(f"--na2d {args.na2d}: {error}") from None
     if args.resume == Path():
         args.resume = files.last
         if not files.last.exists():
@@ -204,21 +245,28 @@ def run_training(args):
         check_resumable(run, args, source)
     if not args.evaluate:
         files.check_writable()
-    train, val = load(args.data_dir, args.num_classes, args.train_per_class, args.val_per_class, not args.no_progress)
+    train_per_class = 0 if args.evaluate else args.train_per_class
+    train, val = load(args.data_dir, args.num_classes, train_per_class, args.val_per_class, not args.no_progress)
 
-    model = models.OverLoCK(**models.VARIANTS[args.model], num_classes=args.num_classes)
-    model.init_weights(args.seed)
+    model = models.OverLoCK(**models.VARIANTS[args.model], num_classes=args.num_classes, seed=args.seed)
     model = model.to(args.device, memory_format=torch.channels_last)
     kept = load_model(model, arrays, source, keep_classifier=source == args.init) if source else []
     if args.evaluate:
         result = evaluate(model, val, args)
         return say(f"{source}: val loss {result['val_loss']:.4f}, top-1 {result['acc_top1']:.4f}, "
                    f"top-5 {result['acc_top5']:.4f} on {len(val)} images of {args.num_classes} classes")
+    check_last_batch(train, args.batch_size)
     optimizer = make_optimizer(model, args)
+    data = {"classes": train.classes, "image_shape": list(train.images.shape[1:])}
     history = []
     if args.resume:
+        if run["data"] != data:
+            raise InputError(f"the run in {source} was trained on other classes or image sizes than {args.data_dir} has; "
+                             "give the right --data-dir")
         load_optimizer(model, optimizer, moments, run["step"], source)
         history = run["history"]
+    if args.resume and source.resolve() == files.last.resolve():
+        files.resumable = True
     else:
         files.set_aside()
 
@@ -231,6 +279,7 @@ def run_training(args):
     if kept:
         files.log(f"{source} was trained on other classes; left at their initial values: {', '.join(kept)}")
     if args.resume:
+        files.log_history(history, args.epochs)
         files.log(f"resumed from {source} after epoch {run['epoch']}")
     files.write_csv(history)
     steps_per_epoch = -(-len(train) // args.batch_size)
@@ -242,37 +291,51 @@ def run_training(args):
         images_per_second = len(train) / (time.perf_counter() - start)
         row |= evaluate(model, val, args)
         row |= dict(epoch_time=(time.perf_counter() - start) / 60, images_per_second=images_per_second, epoch=epoch)
+        if not np.isfinite(row["val_loss"]):
+            raise InputError(f"the validation loss is {row['val_loss']} after epoch {epoch}, step {steps_per_epoch}; "
+                             "the checkpoint of the epoch before is kept, lower --lr")
         history.append(row)
         is_best, best = row["acc_top1"] > best, max(best, row["acc_top1"])
-        state = dict(epoch=epoch, step=epoch * steps_per_epoch, best_top1=best, args=arguments, history=history)
+        state = dict(epoch=epoch, step=epoch * steps_per_epoch, best_top1=best, args=arguments, data=data, history=history)
         # The last checkpoint holds the history, so whatever is written after it can be made again from it.
         if is_best:
             save_checkpoint(files.best, model, optimizer, state)
         save_checkpoint(files.last, model, optimizer, state)
+        files.resumable = True
         files.write_csv(history)
-        files.log(f"epoch {epoch}/{args.epochs}: train loss {row['train_loss']:.4f} (main {row['train_loss_main']:.4f}, "
-                  f"aux {row['train_loss_aux']:.4f}), val loss {row['val_loss']:.4f}, top-1 {row['acc_top1']:.4f}, "
-                  f"top-5 {row['acc_top5']:.4f}, {row['epoch_time']:.2f} min, {images_per_second:.0f} images/s")
-    files.log(f"best top-1 {best:.4f}; checkpoints {files.last.name} and {files.best.name} in {files.output}")
+        files.log(epoch_line(row, args.epochs))
+    written = " and ".join(path.name for path in (files.last, files.best) if path.exists())
+    files.log(f"best top-1 {best:.4f}; checkpoints {written} in {files.output}")
 
 
 def main():
     args = parse_args()
+    files = RunFiles(args.output)
+    interrupted = False
+
+    def on_interrupt(*_):
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
-        run_training(args)
+        run_training(args, files)
     except InputError as error:
-        sys.exit(fail(f"error: {error}"))
-    except KeyboardInterrupt:
-        resume = shlex.join(["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
-        hint = f"resume with: {resume}" if RunFiles(args.output).last.exists() else "no epoch was finished"
-        fail(f"interrupted; {hint}")
-        sys.exit(130)
+        stop(2, f"error: {error}")
+    except OSError as error:
+        stop(2, f"error: {error.filename or args.output}: {error.strerror}; make room, or give another --output")
+    except BaseException:
+        # Ctrl-C also reaches a compiler at work, whose failure may come first.
+        if not interrupted:
+            raise
+        stop(130, f"interrupted; {'resume with: ' + resume_command(args) if files.resumable else 'no epoch was finished'}")
 
 
-def fail(message):
-    """Print one line to the terminal's error stream; the exit status that belongs to an error."""
-    say(f"train.py: {message}", sys.stderr)
-    return 2
+def stop(status, message):
+    """Exit with one line on the terminal's error stream."""
+    say("train.py: " + " ".join(message.split()), sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ constexpr int THREADS = 256;
 
 inline int blocks_for(int64_t total) {
     const int64_t blocks = (total + THREADS - 1) / THREADS;
-    return blocks < 65535 ? (int)blocks : 65535;  // the kernels stride over what is left
+    // The kernels stride over what is left; an empty batch needs a block too, no grid may be empty.
+    return blocks < 1 ? 1 : blocks < 65535 ? (int)blocks : 65535;
 }
 
 inline void na2d_av_forward(const float* attn, const float* value, float* out,
