@@ -129,7 +129,7 @@ class DilatedReparamBlock(nn.Module):
         """Merge all branches into `lk_origin`, for inference. Merging twice is harmless."""
         if not self.branches:
             return
-        dim, _, large_k, _ = self.lk_origin.weight.shape
+        large_k = self.lk_origin.weight.shape[2]
         weight, bias = fuse_bn(self.lk_origin, self.origin_bn)
         for k, r in self.branches:
             conv, bn = getattr(self, f"dil_conv_k{k}_{r}"), getattr(self, f"dil_bn_k{k}_{r}")
@@ -141,9 +141,9 @@ class DilatedReparamBlock(nn.Module):
             bias += branch_bias
             delattr(self, f"dil_conv_k{k}_{r}")
             delattr(self, f"dil_bn_k{k}_{r}")
+        # The parameters stay the same objects: Jittor freezes new ones that are made in evaluation mode.
+        self.lk_origin.weight.update(weight)
+        self.lk_origin.bias = self.origin_bn.bias
+        self.lk_origin.bias.update(bias)
         del self.origin_bn
         self.branches = ()
-        self.lk_origin = Conv2d(dim, dim, large_k, padding=large_k // 2, groups=dim)
-        # Through NumPy: a parameter that takes the value of a Var shares its being stopped or not.
-        self.lk_origin.weight.update(jt.array(weight.numpy()))
-        self.lk_origin.bias.update(jt.array(bias.numpy()))

@@ -64,10 +64,10 @@ def test_reference_values(impl, variant, size):
     grads = {name: grad.astype(np.float64) for name, grad in zip(names, grads)}
     norms = np.array([np.linalg.norm(grads[name]) for name in names])
     within("grad_norm", norms, floor=2e-5)
-    # One distance over all parameters would hide a wrong gradient of a small one, so each by itself too. Those in front
-    # of a normalisation, whose gradient is 0 but for rounding, are at most 1e-6 of the largest.
+    # One distance over all parameters would hide a wrong gradient of a small one, so each by itself too; but for the
+    # biases (one parameter in seven) whose influence a normalisation takes away: 0 but for rounding.
     counts = z["grad_norm"] > 1e-6 * z["grad_norm"].max()
-    assert counts.mean() > 0.9
+    assert counts.mean() > 0.8
     worst = np.abs(norms / z["grad_norm"] - 1)[counts].max()
     assert worst < 1e-3, [name for name, ratio in zip(names, norms / z["grad_norm"]) if abs(ratio - 1) >= 1e-3]
     within("grad_projection", [(grads[name] * projection(name, grads[name].shape)).sum() for name in names], floor=2e-5)

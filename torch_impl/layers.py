@@ -134,7 +134,7 @@ class DilatedReparamBlock(nn.Module):
         """Merge all branches into `lk_origin`, for inference. Merging twice is harmless."""
         if not self.branches:
             return
-        dim, _, large_k, _ = self.lk_origin.weight.shape
+        large_k = self.lk_origin.weight.shape[2]
         weight, bias = fuse_bn(self.lk_origin, self.origin_bn)
         for k, r in self.branches:
             conv, bn = getattr(self, f"dil_conv_k{k}_{r}"), getattr(self, f"dil_bn_k{k}_{r}")
@@ -146,8 +146,8 @@ class DilatedReparamBlock(nn.Module):
             bias += branch_bias
             delattr(self, f"dil_conv_k{k}_{r}")
             delattr(self, f"dil_bn_k{k}_{r}")
+        self.lk_origin.weight.copy_(weight)
+        self.lk_origin.bias = self.origin_bn.bias
+        self.lk_origin.bias.copy_(bias)
         del self.origin_bn
         self.branches = ()
-        self.lk_origin = Conv2d(dim, dim, large_k, padding=large_k // 2, groups=dim).to(weight.device)
-        self.lk_origin.weight.copy_(weight)
-        self.lk_origin.bias.copy_(bias)
