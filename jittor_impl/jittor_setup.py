@@ -3,6 +3,7 @@
 Left to itself, Jittor 1.3.11 downloads oneDNN from a server of its own, dies where `nvcc` is installed without a
 usable GPU, downloads a CUDA toolkit where there is a GPU without `nvcc`, and compiles for minutes without a word.
 """
+import atexit
 import ctypes
 import os
 import re
@@ -175,6 +176,11 @@ def import_jittor():
         os.environ["OVERLOCK_RESTARTED"] = "1"
         compile_jittor()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    # Jittor keeps a pool of compiler processes, which Ctrl-C at a terminal reaches too, and then the exit hangs.
+    if jittor_utils.pool_size:
+        jittor_utils.pool_cleanup()
+        atexit.unregister(jittor_utils.pool_cleanup)
+        jittor_utils.pool_size = 0  # it makes another one when it needs it
     # Jittor's handlers quit without a word on Ctrl-C, and when any child process is killed.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

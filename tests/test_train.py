@@ -190,7 +190,7 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(impl, command, dataset, 
     for path in finished[0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     checkpoint = tmp_path / f"last{impl.suffix}.safetensors"
-    limit = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); os.execv(sys.argv[1], sys.argv[1:])"
+    limit = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7)); os.execv(sys.argv[1], sys.argv[1:])"
     options = [*SIZES, "--data-dir", dataset, "--epochs", 5, "--output", tmp_path, "--resume"]
     result = run([sys.executable, "-c", limit, *command], *options)
     one_line(result, checkpoint.parent)
@@ -206,7 +206,7 @@ def test_bad_option(command, option, value):
 def test_bad_data(impl, command, dataset, tmp_path):
     one_line(run(command, "--data-dir", tmp_path / "absent", "--output", tmp_path / "out"), tmp_path / "absent", "prepare.py")
     one_line(run(command, "--data-dir", dataset, "--output", tmp_path / "out"), "--num-classes")
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_device_that_is_not_there(impl, command, dataset, tmp_path):
@@ -273,7 +273,7 @@ def test_bad_checkpoints(impl, command, dataset, finished, tmp_path):
     save_file(arrays, foreign)
     one_line(run(command, *options, "--resume", foreign), foreign, "--init")
     one_line(run(command, *options, "--resume"), "nothing to resume")
-    assert snapshot(finished[0])[Path(good.name)] == good.read_bytes() and not list((tmp_path / "out").iterdir())
+    assert snapshot(finished[0])[Path(good.name)] == good.read_bytes() and not list((tmp_path / "out").glob("*"))
     one_line(run(command, *options, "--resume", good, "--epochs", 9, "--seed", 1), "--seed 0")
     one_line(run(command, *options, "--resume", good, "--epochs", 3), "--epochs")
     one_line(run(command, *options, "--resume", good, "--init", good), "exclude")

@@ -1,0 +1,309 @@
+"""Time both frameworks side by side: python bench.py, or `make bench`.
+
+Every measurement is a process of its own, after warm-up; the contestants take turns (A B C A B C ...), so that a slow
+minute of the machine hits all of them. A contestant is a framework, or PyTorch with NATTEN's na2d_av, which is what the
+official OverLoCK runs. Prints a table, writes logs/bench.csv and logs/bench.png.
+
+The floor of a row is what the machine could do at best: its multiply-adds at the matrix rate measured here, or its bytes
+at the copy bandwidth measured here, whichever takes longer.
+"""
+import argparse
+import csv
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+CONTESTANTS = ("jittor", "torch", "natten")
+# variant, image side, batch sizes
+MODELS = [("overlock_xxt", 64, (64, 16)), ("overlock_xt", 224, (8, 2))]
+# na2d_av: (batch, heads, height, width, dim), kernel: what XXT at 64 and XT at 224 pixels use, then large maps
+WINDOWS = [((64, 4, 9, 9, 12), 9), ((64, 8, 7, 7, 8), 7), ((8, 8, 14, 14, 16), 13), ((8, 12, 7, 7, 14), 7),
+           ((1, 8, 56, 56, 16), 13), ((1, 2, 200, 320, 16), 13)]
+# depthwise convolution and BatchNorm: (batch, channels, height, width), kernel
+MAPS = [((64, 24, 16, 16), 13), ((64, 48, 16, 16), 3), ((64, 96, 4, 4), 9), ((8, 56, 56, 56), 17), ((8, 256, 14, 14), 3)]
+
+
+class Framework:
+    """What differs between Jittor and PyTorch for a benchmark."""
+
+    def __init__(self, contestant):
+        self.jittor = contestant == "jittor"
+        sys.path.insert(0, str(ROOT / ("jittor_impl" if self.jittor else "torch_impl")))
+        import models
+        import ops
+        self.models, self.ops = models, ops
+        if self.jittor:
+            from jittor_setup import jt
+            self.jt = jt
+        else:
+            import torch
+            self.torch = torch
+            ops.set_na2d_backend("natten" if contestant == "natten" else "dense")
+
+    def array(self, shape):
+        import numpy as np
+        values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        if self.jittor:
+            return self.jt.array(values)
+        tensor = self.torch.from_numpy(values).requires_grad_()
+        return tensor.contiguous(memory_format=self.torch.channels_last) if len(shape) == 4 else tensor
+
+    def finish(self, *results):
+        """Wait until everything asked for is computed."""
+        if self.jittor:
+            self.jt.sync([r for r in results if r is not None])
+
+    def forward_backward(self, function, *inputs):
+        """Run function(*inputs) and the gradient of its sum in every input."""
+        out = function(*inputs)
+        if self.jittor:
+            self.finish(out, *self.jt.grad(out * out, list(inputs)))
+        else:
+            self.torch.autograd.grad(out, inputs, out.detach())
+
+
+def measure(step, seconds):
+    """Warm up, then repeat `step` for about `seconds`, at least three times. Returns the list of times in seconds."""
+    for _ in range(2):
+        step()
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end and len(times) < 50:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def bench_model(f, variant, side, batch, training):
+    import numpy as np
+    import train
+    model = f.models.OverLoCK(**f.models.VARIANTS[variant], num_classes=20)
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal((batch, 3, side, side)).astype(np.float32)
+    labels = generator.integers(0, 20, batch)
+    args = train.make_parser().parse_args([])
+    optimizer = train.make_optimizer(model, args)
+    if f.jittor:
+        def step():
+            output, target = model(f.jt.array(images)), f.jt.array(labels.astype(np.int32))
+            loss = train.cross_entropy(output["main"], target) + 0.4 * train.cross_entropy(output["aux"], target)
+            optimizer.step(loss)
+            f.jt.sync_all()
+            loss.item()
+
+        def infer():
+            with f.jt.no_grad():
+                model(f.jt.array(images)).numpy()
+    else:
+        model = model.to(memory_format=f.torch.channels_last)
+        images = f.torch.from_numpy(images).contiguous(memory_format=f.torch.channels_last)
+        target = f.torch.from_numpy(labels)
+
+        def step():
+            output = model(images)
+            loss = train.cross_entropy(output["main"], target) + 0.4 * train.cross_entropy(output["aux"], target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+        def infer():
+            with f.torch.no_grad():
+                model(images)
+    model.train() if training else model.eval()
+    return measure(step if training else infer, 6)
+
+
+def bench_operator(f, name, shape, kernel):
+    if name == "na2d_av":
+        attn, value = f.array((*shape[:4], kernel**2)), f.array(shape)
+        return measure(lambda: f.forward_backward(lambda a, v: f.ops.na2d_av(a, v, kernel), attn, value), 2)
+    if name == "depthwise":
+        conv = f.models.Conv2d(shape[1], shape[1], kernel, padding=kernel // 2, groups=shape[1], bias=False)
+        return measure(lambda: f.forward_backward(lambda x, w: conv(x), f.array(shape), conv.weight), 2)
+    norm = f.models.BatchNorm2d(shape[1])
+    x = f.array(shape)
+    return measure(lambda: f.forward_backward(lambda x, w, b: norm(x), x, norm.weight, norm.bias), 2)
+
+
+def worker(contestant, task):
+    """Run one measurement in this process and print it as JSON."""
+    kind, *arguments = task
+    f = Framework(contestant)
+    if kind in ("training step", "inference"):
+        times = bench_model(f, *arguments, training=kind == "training step")
+    else:
+        times = bench_operator(f, kind, *arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+    print("RESULT " + json.dumps({"times": times, "peak": peak}))
+
+
+def machine_rates():
+    """Measured multiply-adds/s of a large float32 matrix product and bytes/s of a large copy, with all cores."""
+    import torch
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    flops = 2048**3 / min(measure(lambda: a @ b, 2))
+    source, target = torch.randn(2**26), torch.empty(2**26)
+    copy = 2 * source.numel() * 4 / min(measure(lambda: target.copy_(source), 2))
+    return flops, copy
+
+
+def work(task):
+    """(multiply-adds, bytes) that a task cannot avoid: every tensor in and out once, three times forward for training."""
+    kind, *arguments = task
+    if kind in ("training step", "inference"):
+        sys.path.insert(0, str(ROOT / "torch_impl"))
+        import models
+        import torch
+        from torch.utils.flop_counter import FlopCounterMode
+        variant, side, batch = arguments
+        model = models.OverLoCK(**models.VARIANTS[variant], num_classes=20).eval()
+        moved = sum(p.numel() for p in model.parameters()) * 4
+        hooks = [m.register_forward_hook(lambda _, i, o: sizes.append(4 * o.numel()))
+                 for m in model.modules() if not list(m.children())]
+        sizes = []
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, side, side))
+        for hook in hooks:
+            hook.remove()
+        flops, moved = batch * counter.get_total_flops() / 2, moved + 2 * batch * sum(sizes)
+        return (3 * flops, 3 * moved) if kind == "training step" else (flops, moved)
+    shape, kernel = arguments
+    size = 1
+    for n in shape:
+        size *= n
+    if kind == "na2d_av":
+        weights = size // shape[4] * kernel**2
+        return 3 * size * kernel**2, 4 * (3 * weights + 5 * size)
+    return (3 * size * kernel**2, 4 * 5 * size) if kind == "depthwise" else (8 * size, 4 * 5 * size)
+
+
+def tasks():
+    for variant, side, batches in MODELS:
+        for batch in batches:
+            yield "training step", variant, side, batch
+            yield "inference", variant, side, batch
+    for shape, kernel in WINDOWS:
+        yield "na2d_av", shape, kernel
+    for shape, kernel in MAPS:
+        yield "depthwise", shape, kernel
+        yield "batch norm", shape, kernel
+
+
+def describe(task):
+    kind, *arguments = task
+    if kind in ("training step", "inference"):
+        return f"{kind}, {arguments[0]}, {arguments[1]}x{arguments[1]}, batch {arguments[2]}"
+    shape = "x".join(map(str, arguments[0]))
+    return f"{kind}, {shape}" + ("" if kind == "batch norm" else f", kernel {arguments[1]}")
+
+
+def run_worker(python, contestant, task):
+    command = [python, __file__, "--worker", contestant, json.dumps(task)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        sys.exit(f"bench.py: error: {contestant} failed at {describe(task)}: {(result.stderr.strip() or '?').splitlines()[-1]}")
+    return json.loads(lines[0][len("RESULT "):])
+
+
+def first_step(python, implementation, home):
+    """Seconds from the start of a process to the end of its first training step of XXT, batch 64."""
+    task = ["training step", "overlock_xxt", 64, 64]
+    code = (f"import sys; sys.argv = ['bench.py']; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import bench; bench.measure = lambda step, seconds: step()\n"
+            f"bench.bench_model(bench.Framework({implementation!r}), *{task[1:]!r}, training=True)")
+    start = time.perf_counter()
+    subprocess.run([python, "-c", code], check=True, capture_output=True, env={**os.environ, "HOME": str(home)})
+    return time.perf_counter() - start
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(prog="bench.py", description="Time Jittor, PyTorch and PyTorch with NATTEN.")
+    add = parser.add_argument
+    add("--jittor-python", default=str(ROOT / ".venv-jittor/bin/python"))
+    add("--torch-python", default=str(ROOT / ".venv-torch/bin/python"))
+    add("--rounds", type=int, default=3, help="times that each contestant takes its turn")
+    add("--only", default="", help="only rows whose description contains this")
+    add("--cold", action="store_true", help="also time a first step with an empty Jittor cache (minutes)")
+    add("--output", type=Path, default=ROOT / "logs")
+    add("--worker", nargs=2, help=argparse.SUPPRESS)
+    return parser
+
+
+def main():
+    args = make_parser().parse_args()
+    if args.worker:
+        return worker(args.worker[0], json.loads(args.worker[1]))
+    pythons = {"jittor": args.jittor_python, "torch": args.torch_python, "natten": args.torch_python}
+    has_natten = subprocess.run([args.torch_python, "-c", "from natten.functional import na2d_av"], capture_output=True)
+    if has_natten.returncode != 0:
+        del pythons["natten"]
+        print("NATTEN is not installed: the official operator is left out")
+    flops_rate, byte_rate = machine_rates()
+    print(f"{os.cpu_count()} cores; matrix product {flops_rate / 1e9:.0f} G multiply-adds/s, copy {byte_rate / 1e9:.1f} GB/s")
+    print(f"{'':58} {'jittor':>9} {'torch':>9} {'natten':>9} {'jt/torch':>8} {'floor':>8} {'jt/floor':>8}")
+    rows = []
+    for task in tasks():
+        if args.only not in describe(task):
+            continue
+        times, peaks = {name: [] for name in pythons}, {}
+        for _ in range(args.rounds):
+            for name, python in pythons.items():
+                if name == "natten" and task[0] in ("depthwise", "batch norm"):
+                    continue  # the same operators as torch's
+                result = run_worker(python, name, task)
+                times[name] += result["times"]
+                peaks[name] = max(peaks.get(name, 0), result["peak"])
+        flops, moved = work(task)
+        floor = max(flops / flops_rate, moved / byte_rate)
+        row = {"task": describe(task), "floor_ms": 1e3 * floor}
+        for name in CONTESTANTS:
+            values = [1e3 * t for t in times.get(name, [])]
+            row[f"{name}_ms"] = statistics.median(values) if values else ""
+            row[f"{name}_spread_ms"] = statistics.quantiles(values, n=4)[2] - statistics.quantiles(values, n=4)[0] if values else ""
+            row[f"{name}_peak_mib"] = peaks.get(name, "")
+        rows.append(row)
+        cells = " ".join(f"{row[f'{n}_ms']:9.2f}" if row[f"{n}_ms"] != "" else f"{'-':>9}" for n in CONTESTANTS)
+        print(f"{row['task']:58} {cells} {row['jittor_ms'] / row['torch_ms']:8.2f} {row['floor_ms']:8.2f} "
+              f"{row['jittor_ms'] / row['floor_ms']:8.1f}", flush=True)
+    for name in ("jittor", "torch"):
+        print(f"first step of a new process, {name}: {first_step(pythons[name], name, Path.home()):.1f} s", flush=True)
+    if args.cold:
+        with tempfile.TemporaryDirectory() as home:
+            print(f"first step with an empty cache, jittor: {first_step(pythons['jittor'], 'jittor', home):.0f} s")
+    args.output.mkdir(parents=True, exist_ok=True)
+    with open(args.output / "bench.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, args.output / "bench.png")
+    print(f"written: {args.output / 'bench.csv'}, {args.output / 'bench.png'}")
+
+
+def draw(rows, path):
+    """Bars of each contestant's time relative to PyTorch's, one group a task; logarithmic."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
+    for i, (name, color) in enumerate(zip(CONTESTANTS, ("#00466e", "#f0ad30", "#999999"))):
+        shown = [(y + 0.27 * i, row[f"{name}_ms"] / row["torch_ms"]) for y, row in enumerate(rows) if row[f"{name}_ms"] != ""]
+        axes.barh([y for y, _ in shown], [x for _, x in shown], height=0.25, color=color, label=name)
+    axes.set_yticks([y + 0.27 for y in range(len(rows))], [row["task"] for row in rows], fontsize=7)
+    axes.set(xscale="log", xlabel="time, relative to our PyTorch")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
