@@ -1,4 +1,5 @@
 # make demo   train both frameworks on a small set and draw the figure
+# make bench  time both frameworks, and the official operator, side by side
 # make test   run every test; make test-current runs those of torch_impl on a current PyTorch
 # Each environment is made when it is first needed, and again when its requirements change.
 
@@ -8,7 +9,7 @@ TORCH := .venv-torch/bin/python
 REAL := data/tiny-imagenet-200
 DEMO_LOGS := logs/demo
 
-.PHONY: demo test test-current environments python-version clean
+.PHONY: demo bench test test-current environments python-version clean
 
 environments: .venv-jittor/ready .venv-torch/ready
 
@@ -47,6 +48,9 @@ demo: environments
 	$(JITTOR) jittor_impl/train.py $$options --epochs 3 --output $(DEMO_LOGS) && \
 	$(TORCH) torch_impl/train.py $$options --epochs 3 --output $(DEMO_LOGS) && \
 	$(TORCH) plot.py --logs $(DEMO_LOGS)
+
+bench: environments
+	$(TORCH) bench.py --jittor-python $(JITTOR) --torch-python $(TORCH)
 
 test: environments
 	$(TORCH) tests/run.py $(JITTOR) $(TORCH)

@@ -55,16 +55,11 @@ class Framework:
         tensor = self.torch.from_numpy(values).requires_grad_()
         return tensor.contiguous(memory_format=self.torch.channels_last) if len(shape) == 4 else tensor
 
-    def finish(self, *results):
-        """Wait until everything asked for is computed."""
-        if self.jittor:
-            self.jt.sync([r for r in results if r is not None])
-
     def forward_backward(self, function, *inputs):
         """Run function(*inputs) and the gradient of its sum in every input."""
         out = function(*inputs)
         if self.jittor:
-            self.finish(out, *self.jt.grad(out * out, list(inputs)))
+            self.jt.sync([out, *self.jt.grad((out * out.stop_grad()).sum(), list(inputs))])
         else:
             self.torch.autograd.grad(out, inputs, out.detach())
 
@@ -127,9 +122,9 @@ def bench_operator(f, name, shape, kernel):
         return measure(lambda: f.forward_backward(lambda a, v: f.ops.na2d_av(a, v, kernel), attn, value), 2)
     if name == "depthwise":
         conv = f.models.Conv2d(shape[1], shape[1], kernel, padding=kernel // 2, groups=shape[1], bias=False)
-        return measure(lambda: f.forward_backward(lambda x, w: conv(x), f.array(shape), conv.weight), 2)
-    norm = f.models.BatchNorm2d(shape[1])
-    x = f.array(shape)
+        x = f.array(shape)
+        return measure(lambda: f.forward_backward(lambda x, w: conv(x), x, conv.weight), 2)
+    norm, x = f.models.BatchNorm2d(shape[1]), f.array(shape)
     return measure(lambda: f.forward_backward(lambda x, w, b: norm(x), x, norm.weight, norm.bias), 2)
 
 

@@ -18,8 +18,7 @@ from jittor_setup import jt
 from jittor.nn import cross_entropy_loss as cross_entropy
 
 import models
-from checkpoint import (load_model, load_optimizer, model_arrays, read_checkpoint, save_checkpoint, trainable,
-                        write_atomic)
+from checkpoint import load_model, load_optimizer, read_checkpoint, save_checkpoint, trainable, write_atomic
 from dataset import InputError, load
 from progress import Progress, say
 

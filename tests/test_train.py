@@ -91,7 +91,8 @@ def test_kill_and_resume_gives_the_numbers_of_an_unbroken_run(impl, command, dat
     # The worst moment: the last checkpoint is new, CSV and text log are not yet, and a temporary file is half written.
     for name in ("csv", "txt"):
         path = tmp_path / f"log{impl.suffix}.{name}"
-        path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith(("epoch 1/", "1", "2", "3"))))
+        lines = path.read_text().splitlines(True)
+        path.write_text("".join(line for line in lines if not line.startswith(("epoch 1/", "1", "2", "3"))))
     (tmp_path / f"last{impl.suffix}.safetensors.tmp").write_bytes(b"half")
 
     result = run(command, *options, "--resume")
@@ -190,7 +191,8 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(impl, command, dataset, 
     for path in finished[0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     checkpoint = tmp_path / f"last{impl.suffix}.safetensors"
-    limit = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7)); os.execv(sys.argv[1], sys.argv[1:])"
+    limit = ("import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7)); "
+             "os.execv(sys.argv[1], sys.argv[1:])")
     options = [*SIZES, "--data-dir", dataset, "--epochs", 5, "--output", tmp_path, "--resume"]
     result = run([sys.executable, "-c", limit, *command], *options)
     one_line(result, checkpoint.parent)

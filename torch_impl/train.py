@@ -18,8 +18,7 @@ from torch.nn.functional import cross_entropy
 
 import models
 import ops
-from checkpoint import (load_model, load_optimizer, model_arrays, read_checkpoint, save_checkpoint, trainable,
-                        write_atomic)
+from checkpoint import load_model, load_optimizer, read_checkpoint, save_checkpoint, trainable, write_atomic
 from dataset import InputError, load
 from progress import Progress, say
 
