@@ -56,10 +56,10 @@ class Framework:
         return tensor.contiguous(memory_format=self.torch.channels_last) if len(shape) == 4 else tensor
 
     def forward_backward(self, function, *inputs):
-        """Run function(*inputs) and the gradient of its sum in every input."""
+        """Run function(*inputs) and pull a gradient (the output itself) back to every input."""
         out = function(*inputs)
         if self.jittor:
-            self.jt.sync([out, *self.jt.grad((out * out.stop_grad()).sum(), list(inputs))])
+            self.jt.sync([out, *self.jt.grad((out * out.detach()).sum(), list(inputs))])
         else:
             self.torch.autograd.grad(out, inputs, out.detach())
 

@@ -182,3 +182,12 @@ def test_model_table_of_the_readmes():
     for name in ("README.md", "README_zh.md"):
         for row in table.splitlines()[2:]:
             assert row in (ROOT / name).read_text(), (name, row)
+
+
+def test_bench_measures_both_frameworks(pythons, tmp_path):
+    command = [sys.executable, ROOT / "bench.py", "--only", "batch norm, 64x96x4x4", "--rounds", "1", "--output", tmp_path,
+               "--jittor-python", pythons["jittor"], "--torch-python", pythons["torch"]]
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    table = pd.read_csv(tmp_path / "bench.csv")
+    assert (table[["jittor_ms", "torch_ms", "floor_ms"]] > 0).all(axis=None) and (tmp_path / "bench.png").stat().st_size > 5000
