@@ -23,7 +23,12 @@ class Conv2d(nn.Conv2d):
     def execute(self, x):
         (k, k2), (d, d2) = self.kernel_size, self.dilation
         keeps_size = k == k2 and d == d2 and k % 2 == 1 and self.stride == (1, 1) and self.padding == (d * (k // 2),) * 2
-        return self.depthwise(x, residual=False) if self.is_depthwise_conv and keeps_size else super().execute(x)
+        if self.is_depthwise_conv and keeps_size:
+            return self.depthwise(x, residual=False)
+        (stride, s2), (padding, p2) = self.stride, self.padding
+        if on_cpu() and self.groups == 1 and stride == s2 and padding == p2 and d == d2:
+            return fused.DenseConv.apply(x, self.weight, self.bias, stride, padding, d)
+        return super().execute(x)
 
     def depthwise(self, x, residual):
         """The depthwise convolution of x, plus x itself if `residual`; for an odd square kernel that keeps the size."""

@@ -36,6 +36,59 @@ class DepthwiseConv(jt.Function):
                     "$residual, $flip);", inputs, [self.x.shape], data)[0]
 
 
+class DenseConv(jt.Function):
+    """x (B, C, H, W), weight (O, C, K, L), bias (O,) or None -> (B, O, H', W'), as torch's conv2d with one group."""
+
+    geometry = "{$B, $C, $H, $W, $O, $K, $L, $stride, $padding, $dilation}"
+
+    def execute(self, x, weight, bias, stride, padding, dilation):
+        B, C, H, W = x.shape
+        O, _, K, L = weight.shape
+        self.x, self.weight, self.has_bias = x, weight, bias is not None
+        self.data = {"B": B, "C": C, "H": H, "W": W, "O": O, "K": K, "L": L,
+                     "stride": stride, "padding": padding, "dilation": dilation}
+        shape = (B, O, *((n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in ((H, K), (W, L))))
+        inputs = [x, weight] + ([bias] if self.has_bias else [])
+        return self.run(f"convolution(in0_p, in1_p, {'in2_p' if self.has_bias else 'nullptr'}, out0_p", inputs, [shape])[0]
+
+    def grad(self, grad_y):
+        grad_x = self.run("convolution_grad_x(in0_p, in1_p, out0_p", [grad_y, self.weight], [self.x.shape])
+        shapes = [self.weight.shape] + ([(self.data["O"],)] if self.has_bias else [])
+        grads = self.run(f"convolution_grad_weight(in0_p, in1_p, out0_p, {'out1_p' if self.has_bias else 'nullptr'}",
+                         [self.x, grad_y], shapes)
+        return *grad_x, *grads, *[None] * (4 - self.has_bias)
+
+    def run(self, code, inputs, shapes):
+        return call(("lanes.h", "product.h", "convolution_cpu.h"), f"overlock::{code}, {self.geometry});", inputs, shapes, self.data)
+
+
+class ContMix(jt.Function):
+    """contmix.py's function of the same name as one kernel; proj_weight (k1² + k2², S*S, 1, 1), proj_bias (k1² + k2²,)."""
+
+    geometry = "{$B, $heads, $H, $W, $regions, $query_dim, $value_dim, $K1, $K2}"
+
+    def execute(self, query, key, proj_weight, proj_bias, rpb1, rpb2, x):
+        B, C, H, W = x.shape
+        heads = rpb1.shape[0]
+        K1, K2 = (rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2
+        self.data = {"B": B, "heads": heads, "H": H, "W": W, "regions": key.shape[2] * key.shape[3],
+                     "query_dim": query.shape[1] // heads, "value_dim": C // (2 * heads), "K1": K1, "K2": K2}
+        inputs = [query, key, proj_weight, proj_bias, rpb1, rpb2, x]
+        out, attn = self.run("contmix(in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, in6_p, out0_p, out1_p", inputs,
+                             [x.shape, (B, heads, H, W, K1**2 + K2**2)])
+        self.saved = query, key, proj_weight, x, attn
+        self.shapes = [v.shape for v in inputs]
+        return out
+
+    def grad(self, grad_out):
+        return self.run("contmix_backward(in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, out0_p, out1_p, out2_p, out3_p, "
+                        "out4_p, out5_p, out6_p", [*self.saved, grad_out], self.shapes)
+
+    def run(self, code, inputs, shapes):
+        return call(("neighbourhood.h", "lanes.h", "product.h", "na2d_av_cpu.h", "contmix_cpu.h"),
+                    f"overlock::{code}, {self.geometry});", inputs, shapes, self.data)
+
+
 class BatchNorm(jt.Function):
     """BatchNorm of a batch x (B, C, H, W); moves the running statistics of `layer`."""
 

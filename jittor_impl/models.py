@@ -11,7 +11,6 @@ Three sub-networks (paper, section 3.1):
 Every state-dict key and shape is that of the official implementation, so its checkpoints load strictly.
 Shapes are (B, C, H, W) unless a comment says otherwise.
 """
-from functools import lru_cache
 from zlib import crc32
 
 import numpy as np
@@ -19,10 +18,9 @@ from jittor_setup import jt
 from jittor import nn
 from aligned_nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d
 from aligned_nn import adaptive_avg_pool2d, interpolate
-from jittor.nn import linear
 
+from contmix import contmix
 from layers import GRN, DilatedReparamBlock, DropPath, LayerNorm2d, LayerScale, ResDWConv, SEModule
-from ops import na2d_av
 
 # Base-Net and Overview-Net have four stages, Focus-Net ("sub") two.
 VARIANTS = {
@@ -100,23 +98,6 @@ class RepConvBlock(nn.Module):
     def execute(self, x):
         x = self.dwconv(x)
         return self.ls(x) + self.proj(x)
-
-
-@lru_cache(maxsize=None)
-def relative_position_index(height, width, kernel_size):
-    """Where in a (2K-1, 2K-1) table stands the bias of each neighbour of each pixel (K = kernel_size).
-
-    The window of a pixel is shifted at the borders, not clipped, so its first row lies between 0 and K-1 rows
-    above the pixel. Returns integers of shape (height, width, K*K), each below (2K-1)**2.
-    """
-    def offsets(size):
-        i = np.arange(size)
-        first = np.clip(i - kernel_size // 2, 0, size - kernel_size)
-        return (first - i + kernel_size - 1)[:, None] + np.arange(kernel_size)  # (size, K)
-
-    rows = offsets(height)[:, None, :, None] * (2 * kernel_size - 1)  # (H, 1, K, 1)
-    cols = offsets(width)[None, :, None, :]  # (1, W, 1, K)
-    return (rows + cols).reshape(height, width, kernel_size**2)  # (H, W, K, K) -> (H, W, K*K)
 
 
 class DynamicConvBlock(nn.Module):
@@ -216,8 +197,7 @@ class DynamicConvBlock(nn.Module):
 
     def dynamic_conv(self, x, x_f):
         """ContMix of the values x (B, dim, H, W), with kernels made from x_f (B, dim + ctx_dim, H, W)."""
-        B, C, H, W = x.shape
-        heads, k1, k2 = self.num_heads, self.smk_size, self.kernel_size
+        H, W = x.shape[2:]
         h, w = self.dynamic_conv_size(H, W)
         if (h, w) != (H, W):
             x = interpolate(x, size=(h, w), mode="bilinear", align_corners=False)  # (B, dim, h, w)
@@ -226,20 +206,7 @@ class DynamicConvBlock(nn.Module):
         query, key = jt.split(x_f, self.dims, dim=1)  # (B, dim, h, w), (B, ctx_dim, h, w)
         query = self.weight_query(query) * self.scale  # (B, dim/2, h, w)
         key = self.weight_key(key)  # (B, dim/2, 7, 7)
-        query = query.reshape(B, heads, -1, h * w).transpose(2, 3)  # (B, heads, h*w, dim/2/heads)
-        key = key.reshape(B, heads, -1, 7 * 7)  # (B, heads, dim/2/heads, 49)
-        # The 1x1 convolution over the 49 affinities of a pixel is a linear map of the last axis, (k1² + k2², 49).
-        weight = linear(query @ key, self.weight_proj.weight.flatten(1), self.weight_proj.bias)
-        weight = weight.reshape(B, heads, h, w, k1**2 + k2**2)  # (B, heads, h*w, k1² + k2²) -> (..., h, w, k1² + k2²)
-        attn1, attn2 = jt.split(weight, (k1**2, k2**2), dim=-1)  # (B, heads, h, w, k1²), (..., k2²)
-        attn1 = nn.softmax(attn1 + self.position_bias(self.rpb1, h, w, k1), dim=-1)  # (B, heads, h, w, k1²)
-        attn2 = nn.softmax(attn2 + self.position_bias(self.rpb2, h, w, k2), dim=-1)  # (B, heads, h, w, k2²)
-
-        value = x.reshape(B, 2, heads, -1, h, w).permute(1, 0, 2, 4, 5, 3)  # (2, B, heads, h, w, dim/2/heads)
-        x1 = na2d_av(attn1, value[0], k1)
-        x2 = na2d_av(attn2, value[1], k2)
-        x = jt.cat([x1, x2], dim=1).permute(0, 1, 4, 2, 3)  # (B, 2*heads, dim/2/heads, h, w)
-        x = x.reshape(B, C, h, w)  # (B, dim, h, w)
+        x = contmix(query, key, self.weight_proj, self.rpb1, self.rpb2, x)  # (B, dim, h, w)
         return x if (h, w) == (H, W) else adaptive_avg_pool2d(x, (H, W))  # (B, dim, H, W)
 
     def dynamic_conv_size(self, H, W):
@@ -249,11 +216,6 @@ class DynamicConvBlock(nn.Module):
             return H, W
         # Written as in the official code, for the same rounding; the max() mends 15 / 11 * 11, which it makes 14.
         return (K, max(K, int(K / H * W))) if H < W else (max(K, int(K / W * H)), K)
-
-    def position_bias(self, rpb, h, w, kernel_size):
-        """Relative position bias, from rpb (heads, 2K-1, 2K-1) -> (heads, h, w, K*K)."""
-        # (heads, (2K-1)²) indexed by (h, w, K*K)
-        return rpb.flatten(1)[:, relative_position_index(h, w, kernel_size)]
 
 
 class OverLoCK(nn.Module):

@@ -35,6 +35,52 @@ def depthwise(x, weight, grad_y, dilation):
     return y, grad_padded[:, :, pad:pad + H, pad:pad + W], grad_weight
 
 
+def convolution(x, weight, grad_y, stride, padding, dilation):
+    """y, grad_x, grad_weight of a dense convolution: tap by tap. x (B, C, H, W), weight (O, C, K, L)."""
+    frame = ((0, 0), (0, 0), (padding, padding), (padding, padding))
+    padded = np.pad(x, frame)
+    H, W = ((n - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(padded.shape[2:], weight.shape[2:]))
+    y, grad_padded, grad_weight = 0, np.zeros(padded.shape), np.zeros(weight.shape)
+    for p in range(weight.shape[2]):
+        for q in range(weight.shape[3]):
+            window = (slice(None), slice(None), slice(p * dilation, p * dilation + stride * (H - 1) + 1, stride),
+                      slice(q * dilation, q * dilation + stride * (W - 1) + 1, stride))
+            tap = weight[:, :, p, q]
+            y = y + np.einsum("oc,bchw->bohw", tap, padded[window])
+            if grad_y is not None:
+                grad_padded[window] += np.einsum("oc,bohw->bchw", tap, grad_y)
+                grad_weight[:, :, p, q] = np.einsum("bohw,bchw->oc", grad_y, padded[window])
+    return y, grad_padded[:, :, padding:padding + x.shape[2], padding:padding + x.shape[3]], grad_weight
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 16, 16), (17, 12, 4, 4), (2, 20, 2, 2), (5, 3, 7, 11), (70, 30, 1, 1), (2, 300, 9, 8)])
+@pytest.mark.parametrize("outs, kernel, stride, padding, dilation", [
+    (7, 1, 1, 0, 1), (24, 1, 1, 0, 1), (24, 3, 1, 1, 1), (13, 3, 2, 1, 1), (5, 1, 2, 0, 1), (5, 2, 3, 1, 1), (6, 3, 1, 2, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense_convolution(shape, outs, kernel, stride, padding, dilation, bias):
+    generator = np.random.default_rng(0)
+    layer = Conv2d(shape[1], outs, kernel, stride=stride, padding=padding, dilation=dilation, bias=bias)
+    layer.weight.update(jt.array(generator.standard_normal((outs, shape[1], kernel, kernel)).astype(np.float32)))
+    x = generator.standard_normal(shape).astype(np.float32)
+    geometry = (layer.weight.numpy().astype(np.float64), stride, padding, dilation)
+    y = convolution(x.astype(np.float64), geometry[0], None, *geometry[1:])[0]
+    grad_y = generator.standard_normal(y.shape).astype(np.float32)
+    _, grad_x, grad_weight = convolution(x.astype(np.float64), geometry[0], grad_y, *geometry[1:])
+    if bias:
+        y = y + layer.bias.numpy().reshape(1, -1, 1, 1)
+    var = jt.array(x)
+    out = layer(var)
+    inputs = [var, layer.weight] + ([layer.bias] if bias else [])
+    grads = [g.numpy() for g in jt.grad((out * jt.array(grad_y)).sum(), inputs)]
+    # Sums of at most 2700 products, in float32.
+    assert tuple(out.shape) == y.shape
+    assert error(out.numpy(), y) < 5e-6
+    assert error(grads[0], grad_x) < 5e-6
+    assert error(grads[1], grad_weight) < 5e-6
+    if bias:
+        assert error(grads[2], grad_y.sum((0, 2, 3), dtype=np.float64)) < 5e-6
+
+
 # Every kernel and dilation of the five variants on small and odd maps; channels that do and do not fill 8 lanes.
 @pytest.mark.parametrize("shape", [(3, 8, 16, 16), (17, 12, 4, 4), (2, 20, 2, 2), (1, 3, 7, 11), (2, 9, 1, 5), (2, 16, 13, 8)])
 @pytest.mark.parametrize("K, dilation", [(3, 1), (3, 2), (3, 5), (3, 7), (5, 1), (5, 2), (7, 2), (9, 2), (13, 1), (17, 1)])

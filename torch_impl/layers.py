@@ -82,7 +82,8 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
 
     def forward(self, x):
-        gx = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+        # As vector_norm, which is slow on channels-last maps: where a channel is 0, its norm's gradient is 0, not NaN.
+        gx = torch.sqrt(torch.clamp((x * x).sum((2, 3), keepdim=True), min=1e-30))  # (B, C, 1, 1)
         nx = gx / (gx.mean(dim=1, keepdim=True) + 1e-6)
         return (self.gamma * nx + 1) * x + self.beta
 

@@ -107,7 +107,8 @@ def choose_device(args):
 def make_optimizer(model, args):
     """AdamW with every hyper-parameter spelled out: the frameworks' defaults differ."""
     parameters = list(trainable(model).values())
-    return torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay,
+                             foreach=True)
 
 
 def train_one_epoch(model, optimizer, data, args, epoch):

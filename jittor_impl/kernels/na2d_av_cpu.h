@@ -1,93 +1,181 @@
 // na2d_av on the CPU, forward and both gradients. Every array is contiguous:
 //   attn (N, H, W, K*K), value and out (N, H, W, dim), N = batch * heads.
 // Each result is written by one thread, in one order: no atomics, the same bits whatever the thread count.
-// Include neighbourhood.h before it: Jittor follows no relative #include.
+// Include neighbourhood.h, lanes.h and product.h before it: Jittor follows no relative #include.
 #pragma once
-#include <cstdint>
-#include <type_traits>
 
 namespace overlock {
 
-// Channels are worked in blocks that fit vector registers: 16, then 8, 4, 2, 1 of what is left.
-template <typename Block>
-inline void for_channel_blocks(int dim, Block block) {
-    int d = 0;
-    for (; d + 16 <= dim; d += 16) block(d, std::integral_constant<int, 16>());
-    if (d + 8 <= dim) { block(d, std::integral_constant<int, 8>()); d += 8; }
-    if (d + 4 <= dim) { block(d, std::integral_constant<int, 4>()); d += 4; }
-    if (d + 2 <= dim) { block(d, std::integral_constant<int, 2>()); d += 2; }
-    if (d < dim) block(d, std::integral_constant<int, 1>());
-}
+// One head's map. Six pixels of a row are worked on at a time: their windows together are up to K + 5 columns wide,
+// and their weights, laid out over that width with zeros elsewhere, make six rows of a matrix product.
+struct Windows {
+    int H, W, K;
+    int64_t attn_step;  // from the weights of one pixel to those of the next
 
-inline void na2d_av_forward(const float* attn, const float* value, float* out,
-                            int64_t N, int H, int W, int K, int dim) {
-    #pragma omp parallel for collapse(2) schedule(static)
-    for (int64_t n = 0; n < N; n++)
-        for (int i = 0; i < H; i++)
-            for (int j = 0; j < W; j++) {
-                const int64_t pixel = (n * H + i) * W + j;
-                const float* weights = attn + pixel * K * K;
-                const int r = window_start(i, H, K), c = window_start(j, W, K);
-                const float* window = value + ((n * H + r) * W + c) * dim;
-                for_channel_blocks(dim, [&](int d, auto size) {
-                    constexpr int D = decltype(size)::value;
-                    float sum[D] = {};
+    int first_row(int i) const { return window_start(i, H, K); }
+    int first_col(int j) const { return window_start(j, W, K); }
+
+    // Row i of the output, (W, width), from value (H, W, width); width: channels, in whole vectors.
+    void forward(int i, const float* attn, const float* value, float* out, int width, float* scratch) const {
+        const int row = first_row(i);
+        for (int j = 0; j < W; j += TILE_ROWS) {
+            const int n = std::min(TILE_ROWS, W - j), left = first_col(j), span = first_col(j + n - 1) + K - left;
+            const float* weights = attn + ((int64_t)i * W + j) * attn_step;
+            if (span > K || n < TILE_ROWS) {
+                std::fill(scratch, scratch + TILE_ROWS * K * span, 0.f);
+                for (int t = 0; t < n; t++)
                     for (int p = 0; p < K; p++)
-                        for (int q = 0; q < K; q++) {
-                            const float weight = weights[p * K + q];
-                            const float* v = window + ((int64_t)p * W + q) * dim + d;
-                            for (int e = 0; e < D; e++) sum[e] += weight * v[e];
-                        }
-                    for (int e = 0; e < D; e++) out[pixel * dim + d + e] = sum[e];
-                });
+                        std::copy_n(weights + t * attn_step + p * K, K, scratch + (t * K + p) * span + first_col(j + t) - left);
+                weights = scratch;
             }
+            const int64_t step = weights == scratch ? K * span : attn_step;
+            int c = 0;
+            for (; c + 2 * LANES <= width; c += 2 * LANES)
+                forward_tile<2>(weights, step, span, value + ((int64_t)row * W + left) * width + c, out + (int64_t)j * width + c, width, n);
+            if (c < width)
+                forward_tile<1>(weights, step, span, value + ((int64_t)row * W + left) * width + c, out + (int64_t)j * width + c, width, n);
+        }
+    }
+
+    template <int V>
+    void forward_tile(const float* weights, int64_t step, int span, const float* value, float* out, int width, int n) const {
+        Lanes sum[TILE_ROWS][V] = {};
+        for (int p = 0; p < K; p++)
+            add_products<TILE_ROWS, V>(weights + p * span, step, 1, value + (int64_t)p * W * width, width, LANES, span, sum);
+        for (int t = 0; t < n; t++)
+            for (int v = 0; v < V; v++) *reinterpret_cast<Unaligned*>(out + t * width + v * LANES) = sum[t][v];
+    }
+
+    // Row i of grad_attn: grad_attn[i, j, p*K + q] = <grad_out[i, j], value[r(i) + p, c(j) + q]>.
+    // grad_out (H, W, width), value_t (dim, H*W + padding), rows value_step apart.
+    void grad_attn(int i, const float* grad_out, const float* value_t, int64_t value_step, float* grad, int width, int dim,
+                   float* scratch) const {
+        const int row = first_row(i);
+        for (int j = 0; j < W; j += TILE_ROWS) {
+            const int n = std::min(TILE_ROWS, W - j), left = first_col(j), span = first_col(j + n - 1) + K - left;
+            const int step = whole_vectors(span);
+            for (int p = 0; p < K; p++) {
+                product(grad_out + ((int64_t)i * W + j) * width, width, 1, value_t + (int64_t)(row + p) * W + left, value_step,
+                        nullptr, scratch, step, n, dim, step);
+                for (int t = 0; t < n; t++)
+                    std::copy_n(scratch + t * step + first_col(j + t) - left, K,
+                                grad + ((int64_t)i * W + j + t) * attn_step + p * K);
+            }
+        }
+    }
+
+    // Row y of grad_value, (W, width): attn * grad_out, summed over the pixels whose window contains the value.
+    void grad_value(int y, const float* attn, const float* grad_out, float* grad, int width, float* scratch) const {
+        for (int x = 0; x < W; x += TILE_ROWS) {
+            const int n = std::min(TILE_ROWS, W - x);
+            int c = 0;
+            for (; c + 2 * LANES <= width; c += 2 * LANES) grad_value_tile<2>(y, x, n, attn, grad_out + c, grad + c, width, scratch);
+            if (c < width) grad_value_tile<1>(y, x, n, attn, grad_out + c, grad + c, width, scratch);
+        }
+    }
+
+    template <int V>
+    void grad_value_tile(int y, int x, int n, const float* attn, const float* grad_out, float* grad, int width, float* scratch) const {
+        const int first_j = first_query(x, W, K), last_j = last_query(x + n - 1, W, K), last_i = last_query(y, H, K);
+        Lanes sum[TILE_ROWS][V] = {};
+        for (int i = first_query(y, H, K); i <= last_i; i++) {
+            const int p = y - first_row(i);
+            float* column = scratch;  // weight of each query j for each value x + t
+            for (int j = first_j; j <= last_j; j++, column += TILE_ROWS) {
+                const int shift = x - first_col(j);  // the window's column that is value x
+                const float* weights = attn + ((int64_t)i * W + j) * attn_step + p * K + shift;
+                for (int t = 0; t < TILE_ROWS; t++) column[t] = shift + t >= 0 && shift + t < K ? weights[t] : 0.f;
+            }
+            add_products<TILE_ROWS, V>(scratch, 1, TILE_ROWS, grad_out + ((int64_t)i * W + first_j) * width, width, LANES,
+                                       last_j - first_j + 1, sum);
+        }
+        for (int t = 0; t < n; t++)
+            for (int v = 0; v < V; v++)
+                *reinterpret_cast<Unaligned*>(grad + (int64_t)(x + t) * width + v * LANES) = sum[t][v];
+    }
+
+    // Floats of scratch that each of these needs.
+    int64_t scratch_size() const { return TILE_ROWS * (K + TILE_ROWS + LANES) * std::max(K, 2); }
+};
+
+// The maps of all heads, (N, H, W, dim), with each pixel's channels filled up to whole vectors.
+inline void pad_pixels(const float* map, int64_t pixels, int dim, float* padded) {
+    #pragma omp parallel for schedule(static)
+    for (int64_t chunk = 0; chunk < (pixels + 255) / 256; chunk++) {
+        const int64_t first = chunk * 256;
+        pad_rows(map + first * dim, dim, std::min<int64_t>(256, pixels - first), dim, padded + first * whole_vectors(dim));
+    }
 }
 
-// grad_attn[i, j, p*K + q] = <grad_out[i, j], value[r(i) + p, c(j) + q]>
+// Runs work(n, i, scratch) for every row i of every map n.
+template <typename Work>
+inline void for_rows(int64_t N, const Windows& windows, Work work) {
+    #pragma omp parallel
+    {
+        std::vector<float> scratch(windows.scratch_size());
+        #pragma omp for collapse(2) schedule(static)
+        for (int64_t n = 0; n < N; n++)
+            for (int i = 0; i < windows.H; i++) work(n, i, scratch.data());
+    }
+}
+
+// Padded maps as long as a kernel runs; the map itself where its channels are whole vectors already.
+struct PaddedMap {
+    std::vector<float> storage;
+    const float* data;
+    PaddedMap(const float* map, int64_t pixels, int dim) : data(map) {
+        if (dim % LANES == 0) return;
+        storage.resize(pixels * whole_vectors(dim));
+        pad_pixels(map, pixels, dim, storage.data());
+        data = storage.data();
+    }
+};
+
+// (pixels, width) -> (pixels, dim)
+inline void unpad_row(const float* padded, int pixels, int dim, int width, float* out) {
+    for (int j = 0; j < pixels; j++) std::copy_n(padded + (int64_t)j * width, dim, out + (int64_t)j * dim);
+}
+
+inline void na2d_av_forward(const float* attn, const float* value, float* out, int64_t N, int H, int W, int K, int dim) {
+    const Windows windows{H, W, K, K * K};
+    const int width = whole_vectors(dim);
+    const int64_t pixels = (int64_t)H * W;
+    const PaddedMap values(value, N * pixels, dim);
+    for_rows(N, windows, [&](int64_t n, int i, float* scratch) {
+        std::vector<float> rows(width == dim ? 0 : (int64_t)W * width);
+        float *row = out + (n * pixels + (int64_t)i * W) * dim, *target = width == dim ? row : rows.data();
+        windows.forward(i, attn + n * pixels * K * K, values.data + n * pixels * width, target, width, scratch);
+        if (width != dim) unpad_row(target, W, dim, width, row);
+    });
+}
+
 inline void na2d_av_grad_attn(const float* grad_out, const float* value, float* grad_attn,
                               int64_t N, int H, int W, int K, int dim) {
-    #pragma omp parallel for collapse(2) schedule(static)
+    const Windows windows{H, W, K, K * K};
+    const int64_t pixels = (int64_t)H * W, step = whole_vectors(pixels) + LANES;
+    std::vector<float> value_t(N * dim * step);
+    #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++)
-        for (int i = 0; i < H; i++)
-            for (int j = 0; j < W; j++) {
-                const int64_t pixel = (n * H + i) * W + j;
-                const float* g = grad_out + pixel * dim;
-                float* grad = grad_attn + pixel * K * K;
-                const int r = window_start(i, H, K), c = window_start(j, W, K);
-                const float* window = value + ((n * H + r) * W + c) * dim;
-                for (int p = 0; p < K; p++)
-                    for (int q = 0; q < K; q++) {
-                        const float* v = window + ((int64_t)p * W + q) * dim;
-                        float sum = 0;
-                        for (int e = 0; e < dim; e++) sum += g[e] * v[e];
-                        grad[p * K + q] = sum;
-                    }
-            }
+        for (int64_t i = 0; i < pixels; i++)
+            for (int d = 0; d < dim; d++) value_t[(n * dim + d) * step + i] = value[(n * pixels + i) * dim + d];
+    for_rows(N, windows, [&](int64_t n, int i, float* scratch) {
+        windows.grad_attn(i, grad_out + n * pixels * dim, value_t.data() + n * dim * step, step,
+                          grad_attn + n * pixels * K * K, dim, dim, scratch);
+    });
 }
 
-// grad_value[y, x] = sum of attn * grad_out over the pixels whose window contains (y, x): a gather, so that
-// each thread writes its own pixels only.
 inline void na2d_av_grad_value(const float* attn, const float* grad_out, float* grad_value,
                                int64_t N, int H, int W, int K, int dim) {
-    #pragma omp parallel for collapse(2) schedule(static)
-    for (int64_t n = 0; n < N; n++)
-        for (int y = 0; y < H; y++)
-            for (int x = 0; x < W; x++) {
-                const int last_i = last_query(y, H, K), last_j = last_query(x, W, K);
-                for_channel_blocks(dim, [&](int d, auto size) {
-                    constexpr int D = decltype(size)::value;
-                    float sum[D] = {};
-                    for (int i = first_query(y, H, K); i <= last_i; i++)
-                        for (int j = first_query(x, W, K); j <= last_j; j++) {
-                            const int p = y - window_start(i, H, K), q = x - window_start(j, W, K);
-                            const int64_t pixel = (n * H + i) * W + j;
-                            const float weight = attn[(pixel * K + p) * K + q];
-                            const float* g = grad_out + pixel * dim + d;
-                            for (int e = 0; e < D; e++) sum[e] += weight * g[e];
-                        }
-                    for (int e = 0; e < D; e++) grad_value[((n * H + y) * W + x) * dim + d + e] = sum[e];
-                });
-            }
+    const Windows windows{H, W, K, K * K};
+    const int width = whole_vectors(dim);
+    const int64_t pixels = (int64_t)H * W;
+    const PaddedMap grads(grad_out, N * pixels, dim);
+    for_rows(N, windows, [&](int64_t n, int y, float* scratch) {
+        std::vector<float> rows(width == dim ? 0 : (int64_t)W * width);
+        float *row = grad_value + (n * pixels + (int64_t)y * W) * dim, *target = width == dim ? row : rows.data();
+        windows.grad_value(y, attn + n * pixels * K * K, grads.data + n * pixels * width, target, width, scratch);
+        if (width != dim) unpad_row(target, W, dim, width, row);
+    });
 }
 
 }  // namespace overlock

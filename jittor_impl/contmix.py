@@ -1,0 +1,67 @@
+"""ContMix, OverLoCK's context-mixing dynamic convolution (paper, section 3.2)."""
+from functools import lru_cache
+
+import numpy as np
+import fused
+from jittor_setup import jt
+from jittor import nn
+from jittor.nn import linear
+
+from aligned_nn import on_cpu
+from ops import na2d_av
+
+
+@lru_cache(maxsize=None)
+def relative_position_index(height, width, kernel_size):
+    """Where in a (2K-1, 2K-1) table stands the bias of each neighbour of each pixel (K = kernel_size).
+
+    The window of a pixel is shifted at the borders, not clipped, so its first row lies between 0 and K-1 rows
+    above the pixel. Returns integers of shape (height, width, K*K), each below (2K-1)**2.
+    """
+    def offsets(size):
+        i = np.arange(size)
+        first = np.clip(i - kernel_size // 2, 0, size - kernel_size)
+        return (first - i + kernel_size - 1)[:, None] + np.arange(kernel_size)  # (size, K)
+
+    rows = offsets(height)[:, None, :, None] * (2 * kernel_size - 1)  # (H, 1, K, 1)
+    cols = offsets(width)[None, :, None, :]  # (1, W, 1, K)
+    return (rows + cols).reshape(height, width, kernel_size**2)  # (H, W, K, K) -> (H, W, K*K)
+
+
+def position_bias(rpb, height, width):
+    """Relative position bias, from rpb (heads, 2K-1, 2K-1) -> (heads, height, width, K*K)."""
+    kernel_size = (rpb.shape[1] + 1) // 2
+    # (heads, (2K-1)²) indexed by (height, width, K*K)
+    return rpb.flatten(1)[:, relative_position_index(height, width, kernel_size)]
+
+
+def contmix(query, key, proj, rpb1, rpb2, x):
+    """Convolve x by kernels made at each pixel: half of the channels by small ones (k1 x k1), half by large (k2 x k2).
+
+    A pixel's kernels are a mixture, by its affinity to the S*S regions of the overview, of learned kernels.
+
+    Args:
+        query (B, dim/2, H, W); key (B, dim/2, S, S); proj: the 1x1 convolution from S*S affinities to k1² + k2² weights;
+        rpb1 (heads, 2*k1-1, 2*k1-1), rpb2 (heads, 2*k2-1, 2*k2-1): relative position biases; x (B, dim, H, W).
+    Returns:
+        (B, dim, H, W)
+    """
+    if on_cpu():
+        return fused.ContMix.apply(query, key, proj.weight, proj.bias, rpb1, rpb2, x)
+    B, C, H, W = x.shape
+    heads = rpb1.shape[0]
+    k1, k2 = (rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2
+    query = query.reshape(B, heads, -1, H * W).transpose(2, 3)  # (B, heads, H*W, dim/2/heads)
+    key = key.reshape(B, heads, query.shape[3], -1)  # (B, heads, dim/2/heads, S*S)
+    # The 1x1 convolution over the S*S affinities of a pixel is a linear map of the last axis, (k1² + k2², S*S).
+    weight = linear(query @ key, proj.weight.flatten(1), proj.bias)
+    weight = weight.reshape(B, heads, H, W, k1**2 + k2**2)  # (B, heads, H*W, k1² + k2²) -> (..., H, W, k1² + k2²)
+    attn1, attn2 = jt.split(weight, (k1**2, k2**2), dim=-1)  # (B, heads, H, W, k1²), (..., k2²)
+    attn1 = nn.softmax(attn1 + position_bias(rpb1, H, W), dim=-1)  # (B, heads, H, W, k1²)
+    attn2 = nn.softmax(attn2 + position_bias(rpb2, H, W), dim=-1)  # (B, heads, H, W, k2²)
+
+    value = x.reshape(B, 2, heads, -1, H, W).permute(1, 0, 2, 4, 5, 3)  # (2, B, heads, H, W, dim/2/heads)
+    x1 = na2d_av(attn1, value[0], k1)
+    x2 = na2d_av(attn2, value[1], k2)
+    x = jt.cat([x1, x2], dim=1).permute(0, 1, 4, 2, 3)  # (B, 2*heads, dim/2/heads, H, W)
+    return x.reshape(B, C, H, W)  # (B, dim, H, W)

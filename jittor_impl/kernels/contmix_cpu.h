@@ -1,0 +1,189 @@
+// ContMix (OverLoCK, section 3.2) on the CPU, forward and backward, one head of one image at a time, so that what lies
+// between the affinities and the output stays in the cache. Include neighbourhood.h, lanes.h, product.h and
+// na2d_av_cpu.h before it. No atomics; sums are cut at fixed places, so the thread count changes no bit.
+#pragma once
+#include <cmath>
+
+namespace overlock {
+
+struct ContMix {
+    int B, heads, H, W, regions, query_dim, value_dim, K1, K2;
+
+    int pixels() const { return H * W; }
+    int kernels() const { return K1 * K1 + K2 * K2; }  // weights of a pixel: of the small window, then of the large one
+    int table(int K) const { return (2 * K - 1) * (2 * K - 1); }
+    int64_t query(int b, int head) const { return ((int64_t)b * heads + head) * query_dim * pixels(); }
+    int64_t key(int b, int head) const { return ((int64_t)b * heads + head) * query_dim * regions; }
+    int64_t attn(int b, int head) const { return ((int64_t)b * heads + head) * pixels() * kernels(); }
+    // The first half of the channels belongs to the small window.
+    int64_t value(int b, int head, int half) const { return (((int64_t)b * 2 + half) * heads + head) * value_dim * pixels(); }
+
+    // Calls visit(weight, bias, K) for each row of the window of pixel (i, j): its K weights, and K biases of the table.
+    template <typename Visit>
+    void for_window_rows(int i, int j, int K, int first_weight, int first_bias, Visit visit) const {
+        const int size = 2 * K - 1;
+        const int row = window_start(i, H, K) - i + K - 1, col = window_start(j, W, K) - j + K - 1;
+        for (int p = 0; p < K; p++) visit(first_weight + p * K, first_bias + (row + p) * size + col, K);
+    }
+};
+
+// Memory of one thread.
+struct ContMixScratch {
+    const int regions, kernels, width, query_width;
+    const int64_t value_step;
+    std::vector<float> key, affinity, weights, grad_affinity, grad_query, value, grad_out, rows, value_t, windows;
+
+    explicit ContMixScratch(const ContMix& c)
+        : regions(whole_vectors(c.regions)), kernels(whole_vectors(c.kernels())), width(whole_vectors(c.value_dim)),
+          query_width(whole_vectors(c.query_dim)), value_step(whole_vectors(c.pixels()) + LANES),
+          key((int64_t)std::max(c.query_dim * regions, c.regions * query_width)), affinity((int64_t)c.pixels() * regions),
+          weights((int64_t)c.pixels() * kernels), grad_affinity(affinity.size()), grad_query((int64_t)c.pixels() * query_width),
+          value((int64_t)c.pixels() * width), grad_out(value.size()), rows(value.size()), value_t(c.value_dim * value_step),
+          windows(std::max(Windows{c.H, c.W, c.K1, 0}.scratch_size(), Windows{c.H, c.W, c.K2, 0}.scratch_size())) {}
+
+    // Affinity (pixels, regions) of a head's query (query_dim, pixels) and key (query_dim, regions).
+    void find_affinity(const ContMix& c, const float* q, const float* k) {
+        pad_rows(k, c.regions, c.query_dim, c.regions, key.data());
+        product(q, 1, c.pixels(), key.data(), regions, nullptr, affinity.data(), regions, c.pixels(), c.query_dim, regions);
+    }
+};
+
+inline void softmax(float* x, int n) {
+    float largest = x[0], sum = 0;
+    for (int k = 1; k < n; k++) largest = std::max(largest, x[k]);
+    for (int k = 0; k < n; k++) x[k] = std::exp(x[k] - largest);
+    for (int k = 0; k < n; k++) sum += x[k];
+    const float scale = 1 / sum;
+    for (int k = 0; k < n; k++) x[k] *= scale;
+}
+
+// In place: from the gradient of a softmax `a` to that of what it was taken of.
+inline void softmax_backward(const float* a, float* grad, int n) {
+    float dot = 0;
+    for (int k = 0; k < n; k++) dot += a[k] * grad[k];
+    for (int k = 0; k < n; k++) grad[k] = a[k] * (grad[k] - dot);
+}
+
+// out (B, 2 * heads * value_dim, H, W) and, for the backward pass, attn (B, heads, H, W, kernels).
+// query (B, heads * query_dim, H, W), key (B, heads * query_dim, regions), proj (kernels, regions), bias (kernels),
+// rpb1 (heads, 2 * K1 - 1, 2 * K1 - 1), rpb2 likewise, x like out.
+inline void contmix(const float* query, const float* key, const float* proj, const float* bias, const float* rpb1,
+                    const float* rpb2, const float* x, float* out, float* attn, const ContMix& c) {
+    const int P = c.pixels(), S = c.kernels(), small = c.K1 * c.K1;
+    const int padded = whole_vectors(S);
+    std::vector<float> proj_t((int64_t)c.regions * padded), start(padded);  // (regions, kernels)
+    transpose(proj, c.regions, S, c.regions, proj_t.data(), padded);
+    std::copy_n(bias, S, start.data());
+    #pragma omp parallel
+    {
+        ContMixScratch s(c);
+        #pragma omp for collapse(2) schedule(static)
+        for (int b = 0; b < c.B; b++)
+            for (int head = 0; head < c.heads; head++) {
+                s.find_affinity(c, query + c.query(b, head), key + c.key(b, head));
+                product(s.affinity.data(), s.regions, 1, proj_t.data(), padded, start.data(), s.weights.data(), padded,
+                        P, c.regions, padded);
+                float* weights = attn + c.attn(b, head);
+                for (int i = 0; i < c.H; i++)
+                    for (int j = 0; j < c.W; j++) {
+                        const float* raw = s.weights.data() + (int64_t)(i * c.W + j) * padded;
+                        float* a = weights + (int64_t)(i * c.W + j) * S;
+                        const auto add_bias = [&](const float* table) {
+                            return [=](int k, int entry, int K) { for (int q = 0; q < K; q++) a[k + q] = raw[k + q] + table[entry + q]; };
+                        };
+                        c.for_window_rows(i, j, c.K1, 0, 0, add_bias(rpb1 + head * c.table(c.K1)));
+                        c.for_window_rows(i, j, c.K2, small, 0, add_bias(rpb2 + head * c.table(c.K2)));
+                        softmax(a, small);
+                        softmax(a + small, S - small);
+                    }
+                for (int half = 0; half < 2; half++) {
+                    const Windows windows{c.H, c.W, half ? c.K2 : c.K1, S};
+                    transpose(x + c.value(b, head, half), P, c.value_dim, P, s.value.data(), s.width);
+                    for (int i = 0; i < c.H; i++)
+                        windows.forward(i, weights + half * small, s.value.data(), s.rows.data() + (int64_t)i * c.W * s.width,
+                                        s.width, s.windows.data());
+                    transpose(s.rows.data(), s.width, P, c.value_dim, out + c.value(b, head, half), P);
+                }
+            }
+    }
+}
+
+// Gradients of all seven inputs; attn as `contmix` left it.
+inline void contmix_backward(const float* query, const float* key, const float* proj, const float* x, const float* attn,
+                             const float* grad_out, float* grad_query, float* grad_key, float* grad_proj, float* grad_bias,
+                             float* grad_rpb1, float* grad_rpb2, float* grad_x, const ContMix& c) {
+    const int P = c.pixels(), S = c.kernels(), small = c.K1 * c.K1, R = whole_vectors(c.regions);
+    const int table1 = c.table(c.K1), table2 = c.table(c.K2);
+    std::vector<float> padded_proj((int64_t)S * R);
+    pad_rows(proj, c.regions, S, c.regions, padded_proj.data());
+    // Sums over the images: a part for each chunk of the batch and each head: proj, bias, rpb1, rpb2.
+    const int chunks = std::min(c.B, 16);
+    const int64_t part = (int64_t)S * R + S + table1 + table2;
+    std::vector<float> partial(chunks * c.heads * part);
+    #pragma omp parallel
+    {
+        ContMixScratch s(c);
+        #pragma omp for collapse(2) schedule(static)
+        for (int chunk = 0; chunk < chunks; chunk++)
+            for (int head = 0; head < c.heads; head++) {
+                float* sum_proj = partial.data() + ((int64_t)chunk * c.heads + head) * part;
+                float *sum_bias = sum_proj + (int64_t)S * R, *sum_rpb = sum_bias + S;
+                for (int b = (int64_t)chunk * c.B / chunks; b < (int64_t)(chunk + 1) * c.B / chunks; b++) {
+                    const float* weights = attn + c.attn(b, head);
+                    float* grad = s.weights.data();  // of the weights, then of what the softmax was taken of: (P, S)
+                    for (int half = 0; half < 2; half++) {
+                        const Windows windows{c.H, c.W, half ? c.K2 : c.K1, S};
+                        const int64_t at = c.value(b, head, half);
+                        transpose(grad_out + at, P, c.value_dim, P, s.grad_out.data(), s.width);
+                        for (int d = 0; d < c.value_dim; d++) std::copy_n(x + at + (int64_t)d * P, P, s.value_t.data() + d * s.value_step);
+                        for (int i = 0; i < c.H; i++) {
+                            windows.grad_attn(i, s.grad_out.data(), s.value_t.data(), s.value_step, grad + half * small,
+                                              s.width, c.value_dim, s.windows.data());
+                            windows.grad_value(i, weights + half * small, s.grad_out.data(),
+                                               s.rows.data() + (int64_t)i * c.W * s.width, s.width, s.windows.data());
+                        }
+                        transpose(s.rows.data(), s.width, P, c.value_dim, grad_x + at, P);
+                    }
+                    for (int i = 0; i < c.H; i++)
+                        for (int j = 0; j < c.W; j++) {
+                            const float* a = weights + (int64_t)(i * c.W + j) * S;
+                            float* g = grad + (int64_t)(i * c.W + j) * S;
+                            softmax_backward(a, g, small);
+                            softmax_backward(a + small, g + small, S - small);
+                            for (int k = 0; k < S; k++) sum_bias[k] += g[k];
+                            const auto sum = [=](int k, int entry, int K) { for (int q = 0; q < K; q++) sum_rpb[entry + q] += g[k + q]; };
+                            c.for_window_rows(i, j, c.K1, 0, 0, sum);
+                            c.for_window_rows(i, j, c.K2, small, table1, sum);
+                        }
+                    const float *q = query + c.query(b, head), *k = key + c.key(b, head);
+                    s.find_affinity(c, q, k);
+                    product(grad, 1, S, s.affinity.data(), R, nullptr, sum_proj, R, S, P, R, true);
+                    product(grad, S, 1, padded_proj.data(), R, nullptr, s.grad_affinity.data(), R, P, S, R);
+                    float* key_t = s.key.data();  // (regions, query_dim)
+                    transpose(k, c.regions, c.query_dim, c.regions, key_t, s.query_width);
+                    product(s.grad_affinity.data(), R, 1, key_t, s.query_width, nullptr, s.grad_query.data(), s.query_width,
+                            P, c.regions, s.query_width);
+                    transpose(s.grad_query.data(), s.query_width, P, c.query_dim, grad_query + c.query(b, head), P);
+                    product(q, P, 1, s.grad_affinity.data(), R, nullptr, key_t, R, c.query_dim, P, R);  // (query_dim, regions)
+                    for (int d = 0; d < c.query_dim; d++)
+                        std::copy_n(key_t + d * R, c.regions, grad_key + c.key(b, head) + (int64_t)d * c.regions);
+                }
+            }
+    }
+    const auto total = [&](int64_t at, int first_head, int heads) {
+        float sum = 0;
+        for (int chunk = 0; chunk < chunks; chunk++)
+            for (int head = first_head; head < first_head + heads; head++) sum += partial[((int64_t)chunk * c.heads + head) * part + at];
+        return sum;
+    };
+    for (int k = 0; k < S; k++) {
+        for (int r = 0; r < c.regions; r++) grad_proj[k * c.regions + r] = total((int64_t)k * R + r, 0, c.heads);
+        grad_bias[k] = total((int64_t)S * R + k, 0, c.heads);
+    }
+    for (int head = 0; head < c.heads; head++) {
+        for (int e = 0; e < table1; e++) grad_rpb1[head * table1 + e] = total((int64_t)S * R + S + e, head, 1);
+        for (int e = 0; e < table2; e++) grad_rpb2[head * table2 + e] = total((int64_t)S * R + S + table1 + e, head, 1);
+    }
+}
+
+}  // namespace overlock
