@@ -131,12 +131,19 @@ def separable(x, rows, cols):
     Pooling and interpolation are linear and act on each axis by itself. As two products with small constant
     matrices they are exact to rounding, gradients included, with no scatter in the backward pass.
     """
+    if on_cpu():
+        return fused.Separable.apply(x, rows, cols)
     B, C, H, W = x.shape
     h, w = rows.shape[0], cols.shape[0]
-    x = jt.matmul(x.reshape(B * C * H, W), jt.array(cols.T).stop_grad())  # (B, C, H, W) -> (B*C*H, W) -> (B*C*H, w)
+    x = jt.matmul(x.reshape(B * C * H, W), cols.transpose(0, 1))  # (B, C, H, W) -> (B*C*H, W) -> (B*C*H, w)
     x = x.reshape(B * C, H, w).transpose(1, 2).reshape(B * C * w, H)  # (B*C, H, w) -> (B*C, w, H) -> (B*C*w, H)
-    x = jt.matmul(x, jt.array(rows.T).stop_grad())  # (B*C*w, h)
+    x = jt.matmul(x, rows.transpose(0, 1))  # (B*C*w, h)
     return x.reshape(B, C, w, h).transpose(2, 3)  # (B, C, w, h) -> (B, C, h, w)
+
+
+def constant(array):
+    """A Var that no optimizer trains and no gradient reaches."""
+    return jt.array(array).stop_grad()
 
 
 @lru_cache(maxsize=None)
@@ -146,7 +153,7 @@ def pooling_matrix(size, out_size):
     for i in range(out_size):
         first, end = i * size // out_size, -(-(i + 1) * size // out_size)
         matrix[i, first:end] = 1 / (end - first)
-    return matrix
+    return constant(matrix)
 
 
 @lru_cache(maxsize=None)
@@ -160,4 +167,4 @@ def bilinear_matrix(size, out_size):
         high = min(low + 1, size - 1)
         matrix[i, low] += 1 - (position - low)
         matrix[i, high] += position - low
-    return matrix
+    return constant(matrix)

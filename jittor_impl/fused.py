@@ -89,6 +89,23 @@ class ContMix(jt.Function):
                     f"overlock::{code}, {self.geometry});", inputs, shapes, self.data)
 
 
+class Separable(jt.Function):
+    """rows @ x @ cols.T: x (B, C, H, W), constants rows (h, H) and cols (w, W) -> (B, C, h, w)."""
+
+    def execute(self, x, rows, cols):
+        self.matrices, self.shape = (rows, cols), x.shape
+        return self.run(x, (*x.shape[:2], rows.shape[0], cols.shape[0]), transposed=False)
+
+    def grad(self, grad_out):
+        return self.run(grad_out, self.shape, transposed=True), None, None
+
+    def run(self, x, shape, transposed):
+        data = {"planes": x.shape[0] * x.shape[1], "H": x.shape[2], "W": x.shape[3], "h": shape[2], "w": shape[3],
+                "transposed": int(transposed)}
+        return call(("lanes.h", "product.h", "separable_cpu.h"), "overlock::separable(in0_p, in1_p, in2_p, out0_p, "
+                    "$planes, $H, $W, $h, $w, $transposed);", [x, *self.matrices], [shape], data)[0]
+
+
 class BatchNorm(jt.Function):
     """BatchNorm of a batch x (B, C, H, W); moves the running statistics of `layer`."""
 

@@ -3,6 +3,7 @@
 The kernels are C++ and CUDA files under kernels/. Jittor compiles them at the first call and again when they change.
 """
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,17 @@ def launch(headers, code, inputs, shapes, data):
     data[NAME]. Numbers go in as data and not as text, so that another shape needs no other compilation.
     Everything is float32; other inputs raise ValueError.
     """
-    if any(str(x.dtype) != "float32" for x in inputs):
+    if any(x.dtype != "float32" for x in inputs):
         raise ValueError(f"the kernels are for float32, got {', '.join(str(x.dtype) for x in inputs)}; use x.float32()")
-    code = [re.sub(r"\$(\w+)", lambda match: f'(int)data["{match[1]}"]', text) for text in code]
-    cpu, cuda = ("\n".join(f'#include "{KERNELS / name}"' for name in names) for names in headers)
-    return jt.code(shapes, ["float32"] * len(shapes), inputs, cpu_header=cpu, cpu_src=code[0],
-                   cuda_header=cuda, cuda_src=code[1], data=data)
+    return jt.code(shapes, ["float32"] * len(shapes), inputs, cpu_header=includes(headers[0]), cpu_src=with_data(code[0]),
+                   cuda_header=includes(headers[1]), cuda_src=with_data(code[1]), data=data)
+
+
+@lru_cache(maxsize=None)
+def includes(names):
+    return "\n".join(f'#include "{KERNELS / name}"' for name in names)
+
+
+@lru_cache(maxsize=None)
+def with_data(code):
+    return re.sub(r"\$(\w+)", lambda match: f'(int)data["{match[1]}"]', code)

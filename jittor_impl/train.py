@@ -18,6 +18,7 @@ from jittor_setup import jt
 from jittor.nn import cross_entropy_loss as cross_entropy
 
 import models
+from adamw import AdamW
 from checkpoint import load_model, load_optimizer, read_checkpoint, save_checkpoint, trainable, write_atomic
 from dataset import InputError, load
 from progress import Progress, say
@@ -106,7 +107,7 @@ def choose_device(args):
 def make_optimizer(model, args):
     """AdamW with every hyper-parameter spelled out: the frameworks' defaults differ."""
     parameters = list(trainable(model).values())
-    return jt.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay)
+    return AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay)
 
 
 def train_one_epoch(model, optimizer, data, args, epoch):
