@@ -36,6 +36,21 @@ class DepthwiseConv(jt.Function):
                     "$residual, $flip);", inputs, [self.x.shape], data)[0]
 
 
+def merged_depthwise(x, branches):
+    """Sum of bn(conv(x)) over `branches`, pairs (depthwise convolution, BatchNorm), the largest first: as one convolution.
+
+    For inference: uses the running statistics and has no gradient.
+    """
+    inputs, code = [x], []
+    for conv, bn in branches:
+        pointers = ", ".join(f"in{len(inputs) + i}_p" for i in range(5))
+        code.append(f"{{{pointers}, {conv.kernel_size[0]}, {conv.dilation[0]}, {bn.eps}f}}")
+        inputs += [conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var]
+    code = (f"overlock::Branch branches[] = {{{', '.join(code)}}};\n"
+            f"overlock::merged_depthwise(in0_p, branches, {len(branches)}, out0_p, $B, $C, $H, $W);")
+    return call(("lanes.h", "depthwise_cpu.h"), code, inputs, [x.shape], dict(zip(("B", "C", "H", "W"), x.shape)))[0]
+
+
 class DenseConv(jt.Function):
     """x (B, C, H, W), weight (O, C, K, L), bias (O,) or None -> (B, O, H', W'), as torch's conv2d with one group."""
 

@@ -1,8 +1,9 @@
 """The layers that OverLoCK is built of. Shapes are (B, C, H, W) unless a comment says otherwise."""
+import fused
 from jittor_setup import jt
 from jittor import nn
 from aligned_nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, LayerNorm
-from aligned_nn import channel_norm, grn
+from aligned_nn import channel_norm, grn, on_cpu
 
 # (kernel size, dilation) of the parallel branches beside a large kernel (UniRepLKNet, arXiv 2311.15599, section 3.1).
 DILATED_BRANCHES = {
@@ -119,6 +120,10 @@ class DilatedReparamBlock(nn.Module):
     def execute(self, x):
         if not self.branches:
             return self.lk_origin(x)
+        if on_cpu() and not self.is_training() and jt.flags.no_grad:
+            names = [(f"dil_conv_k{k}_{r}", f"dil_bn_k{k}_{r}") for k, r in self.branches]
+            branches = [(getattr(self, conv), getattr(self, bn)) for conv, bn in [("lk_origin", "origin_bn"), *names]]
+            return fused.merged_depthwise(x, branches)
         out = self.origin_bn(self.lk_origin(x))
         for k, r in self.branches:
             conv, bn = getattr(self, f"dil_conv_k{k}_{r}"), getattr(self, f"dil_bn_k{k}_{r}")

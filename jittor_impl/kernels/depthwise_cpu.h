@@ -2,6 +2,7 @@
 // forward and both gradients. x, y (B, C, H, W), weight (C, K, K), bias (C), all contiguous float32.
 // Include lanes.h before it. No atomics; sums are cut at fixed places, so the thread count changes no bit.
 #pragma once
+#include <cmath>
 
 namespace overlock {
 
@@ -171,6 +172,32 @@ inline void depthwise_grad_weight(const float* x, const float* grad_y, float* gr
             else if (grad_bias) grad_bias[c] = total;
         }
     }
+}
+
+// A branch of a dilated reparam block (UniRepLKNet): a depthwise convolution without bias and its BatchNorm's values.
+struct Branch {
+    const float *weight, *scale, *shift, *mean, *var;  // weight (C, kernel, kernel), the others (C)
+    int kernel, dilation;
+    float eps;
+};
+
+// y: the sum of all branches in evaluation mode, as one convolution by a merged kernel of the first branch's size.
+inline void merged_depthwise(const float* x, const Branch* branches, int count, float* y, int B, int C, int H, int W) {
+    const int K = branches[0].kernel;
+    std::vector<float> weight((int64_t)C * K * K), bias(C);
+    for (int n = 0; n < count; n++) {
+        const Branch& b = branches[n];
+        const int first = K / 2 - b.dilation * (b.kernel / 2);
+        for (int c = 0; c < C; c++) {
+            const float scale = b.scale[c] / std::sqrt(b.var[c] + b.eps);
+            for (int p = 0; p < b.kernel; p++)
+                for (int q = 0; q < b.kernel; q++)
+                    weight[((int64_t)c * K + first + p * b.dilation) * K + first + q * b.dilation] +=
+                        scale * b.weight[((int64_t)c * b.kernel + p) * b.kernel + q];
+            bias[c] += b.shift[c] - b.mean[c] * scale;
+        }
+    }
+    depthwise(x, weight.data(), bias.data(), y, B, C, H, W, K, 1, false, false);
 }
 
 }  // namespace overlock
