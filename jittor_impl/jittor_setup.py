@@ -5,8 +5,10 @@ usable GPU, downloads a CUDA toolkit where there is a GPU without `nvcc`, and co
 """
 import atexit
 import ctypes
+import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import ssl
@@ -138,11 +140,40 @@ def compile_jittor():
         fail(f"Jittor could not be compiled (status {status}), the reason is above")
 
 
+def compile_operators_faster(jittor, cache):
+    """Compile an operator in a third of the time: its headers ahead of it, and no Python around the compiler.
+
+    Both are of the CPU's operators alone. Where the headers cannot be compiled ahead, the compiler reads them as usual.
+    """
+    if jittor.flags.use_cuda or "clang" in jittor.flags.cc_path:
+        return
+    folder = Path(__file__).resolve().parent
+    # asm_tuner.py swaps the stores of large loops for ones that bypass the cache, which no step of ours gains from.
+    jittor.flags.python_path = f"sh '{folder / 'compile_operator.sh'}'"
+    source = folder / "operator_headers.h"
+    flags = jittor.flags.cc_flags
+    name = hashlib.sha1(f"{flags}{source.read_text()}".encode()).hexdigest()[:16]
+    header = Path(cache) / f"operators-{name}.h"
+    compiled = header.with_suffix(".h.gch")
+    if not compiled.exists():
+        header.write_text(source.read_text())
+        temporary = compiled.with_suffix(f".{os.getpid()}")
+        options = [flag for flag in shlex.split(flags) if not flag.startswith(("-l", "-L", "-shared"))]
+        command = [jittor.flags.cc_path, *options, "-x", "c++-header", header, "-o", temporary]
+        if subprocess.run(command, capture_output=True).returncode == 0:
+            os.replace(temporary, compiled)
+    jittor.flags.cc_flags = f" -include'{header}' {flags}"
+
+
 def import_jittor():
     os.environ.setdefault("cache_name", "overlock")  # else the branch of the git repository around the environment
     os.environ.setdefault("log_silent", "1")
     os.environ.setdefault("use_mpi", "0")
     os.environ.setdefault("FIX_TORCH_ERROR", "0")  # do not load torch where it happens to be installed
+    # Jittor's core compiles faster at -O1 and runs no slower; its operators keep -Ofast, the default.
+    if "cc_flags" not in os.environ:
+        os.environ["cc_flags"] = " -O1 "
+        os.environ["kernel_flags"] = os.environ.get("kernel_flags", "") + " -Ofast "
     try:
         numpy_version = metadata.version("numpy")
         metadata.version("jittor")
@@ -176,6 +207,7 @@ def import_jittor():
         os.environ["OVERLOCK_RESTARTED"] = "1"
         compile_jittor()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    compile_operators_faster(jittor, jittor_utils.cache_path)
     # Jittor keeps a pool of compiler processes, which Ctrl-C at a terminal reaches too, and then the exit hangs.
     if jittor_utils.pool_size:
         jittor_utils.pool_cleanup()
