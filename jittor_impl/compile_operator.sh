@@ -1,7 +1,15 @@
 #!/bin/sh
-# Stands in for Python where Jittor calls its asm_tuner.py, which starts a Python for every operator to run the compiler
-# twice: runs the compiler once. asm_tuner.py --cc_path="g++" source flags...
+# Runs a compiler for Jittor: compile_operator.sh PYTHON SCRIPT ARGUMENTS. Where SCRIPT is asm_tuner.py, with arguments
+# --cc_path="g++" source flags..., which would start a Python that compiles in steps, the compiler is run at once.
+python=$1
 shift
-compiler=${1#--cc_path=}
-shift
-exec "$compiler" "$@"
+case $1 in
+*asm_tuner.py)
+    compiler=${2#--cc_path=}
+    shift 2
+    exec "$compiler" "$@"
+    ;;
+*)
+    exec "$python" "$@"
+    ;;
+esac

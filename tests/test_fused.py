@@ -1,17 +1,20 @@
-"""The CPU kernels of jittor_impl against float64 NumPy: depthwise convolution and GRN, with their gradients.
+"""The CPU kernels of jittor_impl against float64 NumPy: convolutions, ContMix, GRN and AdamW, with their gradients.
 
-BatchNorm and LayerNorm are in test_aligned_nn.py, na2d_av in test_ops.py.
+BatchNorm, LayerNorm, pooling and interpolation are in test_aligned_nn.py, na2d_av in test_ops.py.
 """
 import os
 import subprocess
 import sys
 
 import aligned_nn
+import contmix
 import numpy as np
 import ops
 import pytest
+from adamw import AdamW
 from aligned_nn import Conv2d, grn
 from jittor_setup import jt
+from layers import DilatedReparamBlock
 
 
 def error(actual, expected):
@@ -107,6 +110,92 @@ def test_depthwise_convolution(shape, K, dilation, bias, residual):
         assert error(grads[2], grad_y.astype(np.float64).sum((0, 2, 3))) < 5e-6
 
 
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def contmix_float64(query, key, weight, bias, rpb1, rpb2, x):
+    """The definition, pixel by pixel."""
+    (B, C, H, W), heads = x.shape, len(rpb1)
+    query = query.reshape(B, heads, -1, H, W)
+    key = key.reshape(B, heads, query.shape[2], -1)
+    x = x.reshape(B, 2, heads, -1, H, W)
+    out = np.zeros(x.shape)
+    for half, rpb in enumerate((rpb1, rpb2)):
+        K = (rpb.shape[1] + 1) // 2
+        part = slice(0, K * K) if half == 0 else slice(len(weight) - K * K, None)
+        for i in range(H):
+            for j in range(W):
+                r, c = min(max(i - K // 2, 0), H - K), min(max(j - K // 2, 0), W - K)
+                affinity = np.einsum("bnd,bnds->bns", query[..., i, j], key)
+                place = rpb[:, r - i + K - 1:r - i + 2 * K - 1, c - j + K - 1:c - j + 2 * K - 1].reshape(heads, -1)
+                attn = softmax(affinity @ weight[part].T + bias[part] + place).reshape(B, heads, K, K)
+                out[:, half, :, :, i, j] = np.einsum("bnpq,bndpq->bnd", attn, x[:, half, :, :, r:r + K, c:c + K])
+    return out.reshape(B, C, H, W)
+
+
+# Maps as small as the large window, and larger; channels of a head that do and do not fill 8 lanes; 16 images and more.
+@pytest.mark.parametrize("B, heads, query_dim, value_dim, H, W, K1, K2, regions", [
+    (2, 2, 12, 12, 9, 9, 5, 9, 7), (3, 4, 3, 8, 7, 7, 5, 7, 7), (17, 1, 5, 3, 8, 15, 3, 7, 3), (1, 3, 16, 21, 14, 13, 5, 13, 7)])
+def test_contmix(B, heads, query_dim, value_dim, H, W, K1, K2, regions, monkeypatch):
+    """By the kernel and by the operators that run on a GPU; the kernel's gradients are those of the operators."""
+    generator = np.random.default_rng(0)
+    normal = lambda *shape: generator.standard_normal(shape).astype(np.float32)
+    proj = Conv2d(regions**2, K1**2 + K2**2, kernel_size=1)
+    arrays = [normal(B, heads * query_dim, H, W), normal(B, heads * query_dim, regions, regions),
+              0.1 * normal(K1**2 + K2**2, regions**2, 1, 1), normal(K1**2 + K2**2),
+              normal(heads, 2 * K1 - 1, 2 * K1 - 1), normal(heads, 2 * K2 - 1, 2 * K2 - 1), normal(B, 2 * heads * value_dim, H, W)]
+    grad_out, results = jt.array(normal(B, 2 * heads * value_dim, H, W)), []
+    for kernels in (True, False):
+        monkeypatch.setattr(contmix, "on_cpu", lambda: kernels)
+        query, key, proj.weight, proj.bias, rpb1, rpb2, x = inputs = [jt.array(a) for a in arrays]
+        out = contmix.contmix(query, key, proj, rpb1, rpb2, x)
+        results.append([out.numpy()] + [g.numpy() for g in jt.grad((out * grad_out).sum(), inputs)])
+    arrays[2] = arrays[2][:, :, 0, 0]
+    expected = contmix_float64(*(a.astype(np.float64) for a in arrays))
+    # Affinities of up to 16 products, weights of up to 49 of them; logits of about 30 go through an exponential.
+    assert error(results[0][0], expected) < 1e-5 and error(results[1][0], expected) < 1e-5
+    for kernel, operators in zip(*results):
+        assert error(kernel, operators) < 2e-5
+
+
+def test_merged_branches_are_the_branches():
+    """In evaluation without gradients a dilated reparam block is one convolution; with them it is all of its branches."""
+    generator = np.random.default_rng(0)
+    block = DilatedReparamBlock(12, 13, deploy=False)
+    for var in block.state_dict().values():
+        var.update(jt.array(generator.uniform(0.5, 1.5, var.shape).astype(np.float32)))
+    block.eval()
+    x = jt.array(generator.standard_normal((3, 12, 9, 16)).astype(np.float32))
+    with jt.no_grad():
+        merged = block(x).numpy()
+    assert error(merged, block(x).numpy()) < 2e-6
+    assert np.abs(jt.grad(block(x).sum(), [x])[0].numpy()).max() > 0
+
+
+def test_adamw():
+    """Parameters, moments and step count as in torch.optim.AdamW's formula, for parameters of several ranks."""
+    generator = np.random.default_rng(0)
+    arrays = [generator.standard_normal(shape).astype(np.float32) for shape in [(5,), (3, 4), (2, 3, 3, 3), (7,)] * 20]
+    params = [jt.array(a) for a in arrays]
+    targets = [jt.array(generator.standard_normal(a.shape).astype(np.float32)) for a in arrays]
+    optimizer = AdamW(params, lr=1e-2, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1)
+    expected, m, v = [a.astype(np.float64) for a in arrays], [0] * len(arrays), [0] * len(arrays)
+    for step in range(1, 6):
+        optimizer.step(sum(((p - t) * (p - t)).sum() for p, t in zip(params, targets)))
+        for i, target in enumerate(targets):
+            grad = 2 * (expected[i] - target.numpy())
+            m[i], v[i] = 0.8 * m[i] + 0.2 * grad, 0.99 * v[i] + 0.01 * grad**2
+            step_size, correction = 1e-2 / (1 - 0.8**step), (1 - 0.99**step)**0.5
+            expected[i] = expected[i] * (1 - 1e-2 * 0.1) - step_size * m[i] / (np.sqrt(v[i]) / correction + 1e-6)
+    for i, param in enumerate(params):
+        assert error(param.numpy(), expected[i]) < 2e-6
+        assert error(optimizer.param_groups[0]["m"][i].numpy(), m[i]) < 2e-6
+        assert error(optimizer.param_groups[0]["values"][i].numpy(), v[i]) < 2e-6
+    assert optimizer.n_step == 5
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 4, 4), (2, 24, 7, 9)])
 def test_grn(shape, kernels, monkeypatch):
@@ -132,31 +221,31 @@ def test_grn(shape, kernels, monkeypatch):
     assert error(grads[2], grad_y.sum((0, 2, 3)).reshape(1, -1, 1, 1)) < 2e-6
 
 
-def test_the_thread_count_changes_no_bit_of_a_kernel(tmp_path):
-    """Every kernel writes each number by one thread, in one order."""
+def test_the_thread_count_changes_no_bit_of_a_step(tmp_path):
+    """Every kernel writes each number by one thread, in one order; so do the operators that Jittor generates."""
     code = f"""
 import sys; sys.path.insert(0, {str(ops.KERNELS.parent)!r})
 import numpy as np
-from aligned_nn import BatchNorm2d, Conv2d, channel_norm, grn
+import models, train
+from aligned_nn import Conv2d
 from jittor_setup import jt
-from ops import na2d_av
 generator = np.random.default_rng(0)
-normal = lambda *shape: jt.array(generator.standard_normal(shape).astype(np.float32))
-x, g, attn, gamma = normal(21, 24, 9, 9), normal(21, 24, 9, 9), normal(21, 2, 9, 9, 25), normal(1, 24, 1, 1)
-conv, norm = Conv2d(24, 24, 5, padding=2, groups=24), BatchNorm2d(24)
-conv.weight.update(normal(24, 1, 5, 5))
-conv.bias.update(jt.zeros(24))
-y = grn(channel_norm(norm(conv(x)), norm.weight, norm.bias, 1e-6), gamma, gamma)
-y = na2d_av(attn, y.reshape(21, 2, 12, 9, 9).permute(0, 1, 3, 4, 2), 5).permute(0, 1, 4, 2, 3).reshape(x.shape)
-grads = jt.grad((y * g).sum(), [x, conv.weight, norm.weight, gamma, attn])
-np.savez(sys.argv[1], y.numpy(), *[v.numpy() for v in grads])
+model = models.overlock_xxt(num_classes=20)
+model.train()
+images = jt.array(generator.standard_normal((21, 3, 64, 64)).astype(np.float32))
+output = model(images)
+parameters = list(train.trainable(model).values())
+grads = jt.grad((output["main"] * output["main"] + output["aux"]).sum(), parameters)
+optimizer = train.make_optimizer(model, train.make_parser().parse_args([]))
+optimizer.step((output["main"] * output["aux"]).sum())
+np.savez(sys.argv[1], output["main"].numpy(), *[v.numpy() for v in [*grads, *parameters]])
 """
     results = []
     for threads in ("1", "2"):
         out = tmp_path / f"{threads}.npz"
         subprocess.run([sys.executable, "-c", code, out], check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
         results.append(dict(np.load(out)))
-    assert results[0].keys() == results[1].keys() and len(results[0]) == 6
+    assert results[0].keys() == results[1].keys() and len(results[0]) > 1000
     assert all(np.array_equal(results[0][key], results[1][key]) for key in results[0])
 
 

@@ -1,11 +1,13 @@
 """`import models` in jittor_impl works by itself, and jittor_setup mends what it finds."""
 import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jittor_setup
+from jittor_setup import jt
 
 IMPL = Path(__file__).resolve().parent.parent / "jittor_impl"
 
@@ -23,6 +25,18 @@ def test_second_import_takes_seconds():
     assert result.returncode == 0, result.stderr
     assert len(result.stderr.splitlines()) <= 1, result.stderr  # at most the notice about CUDA
     assert time.perf_counter() - start < 15
+
+
+def test_operators_are_compiled_with_headers_ahead_of_them():
+    """gcc says with -Winvalid-pch why it does not take a header that was compiled ahead."""
+    flags = shlex.split(jt.flags.cc_flags)
+    header = flags[0].removeprefix("-include")
+    assert Path(f"{header}.gch").is_file() and "asm_tuner" not in jt.flags.python_path
+    options = [flag for flag in flags if not flag.startswith(("-l", "-L", "-shared"))]
+    source = next(Path(header).parent.glob("jit/*_op.cc"))
+    result = subprocess.run([jt.flags.cc_path, *options, "-Winvalid-pch", "-fsyntax-only", "-H", source],
+                            capture_output=True, text=True)
+    assert result.returncode == 0 and f"! {header}.gch" in result.stderr, result.stderr[:2000]
 
 
 def test_a_link_into_a_deleted_environment_is_mended(tmp_path):
