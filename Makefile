@@ -50,7 +50,7 @@ demo: environments
 	$(TORCH) plot.py --logs $(DEMO_LOGS)
 
 bench: environments
-	$(TORCH) bench.py --jittor-python $(JITTOR) --torch-python $(TORCH)
+	$(TORCH) bench.py --jittor-python $(JITTOR) --torch-python $(TORCH) --cold
 
 test: environments
 	$(TORCH) tests/run.py $(JITTOR) $(TORCH)

@@ -2,7 +2,8 @@
 
 Every measurement is a process of its own, after warm-up; the contestants take turns (A B C A B C ...), so that a slow
 minute of the machine hits all of them. A contestant is a framework, or PyTorch with NATTEN's na2d_av, which is what the
-official OverLoCK runs. Prints a table, writes logs/bench.csv and logs/bench.png.
+official OverLoCK runs ("natten"; at the larger batch only, it takes long). Prints a table, writes logs/bench.csv and
+logs/bench.png.
 
 The floor of a row is what the machine could do at best: its multiply-adds at the matrix rate measured here, or its bytes
 at the copy bandwidth measured here, whichever takes longer.
@@ -11,7 +12,7 @@ import argparse
 import csv
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 CONTESTANTS = ("jittor", "torch", "natten")
+STEPS = ("training step", "inference")
 # variant, image side, batch sizes
 MODELS = [("overlock_xxt", 64, (64, 16)), ("overlock_xt", 224, (8, 2))]
 # na2d_av: (batch, heads, height, width, dim), kernel: what XXT at 64 and XT at 224 pixels use, then large maps
@@ -65,11 +67,13 @@ class Framework:
 
 
 def measure(step, seconds):
-    """Warm up, then repeat `step` for about `seconds`, at least three times. Returns the list of times in seconds."""
-    for _ in range(2):
+    """Warm up, then repeat `step` for about `seconds`, at least twice. Returns the list of times in seconds."""
+    start = time.perf_counter()
+    step()
+    if time.perf_counter() - start < seconds:
         step()
     times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end and len(times) < 50:
+    while len(times) < 2 or time.perf_counter() < end and len(times) < 50:
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
@@ -128,15 +132,35 @@ def bench_operator(f, name, shape, kernel):
     return measure(lambda: f.forward_backward(lambda x, w, b: norm(x), x, norm.weight, norm.bias), 2)
 
 
+def bench_loading(f, side, batch):
+    """Batches as training takes them from memory: shuffled, flipped, normalised."""
+    import numpy as np
+    from dataset import TinyImageNet
+    data = TinyImageNet([], [], [], progress=False)
+    data.images = np.random.default_rng(0).integers(0, 256, (64 * batch, side, side, 3), np.uint8)
+    data.labels = np.zeros(len(data.images), np.int64)
+    batches = iter(())
+
+    def step():
+        nonlocal batches
+        if next(batches, None) is None:
+            batches = data.batches(batch, 0, 1)
+            next(batches)
+    return measure(step, 2)
+
+
 def worker(contestant, task):
     """Run one measurement in this process and print it as JSON."""
     kind, *arguments = task
     f = Framework(contestant)
-    if kind in ("training step", "inference"):
+    if kind in STEPS:
         times = bench_model(f, *arguments, training=kind == "training step")
+    elif kind == "data loading":
+        times = bench_loading(f, *arguments)
     else:
         times = bench_operator(f, kind, *arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+    # Not getrusage's ru_maxrss, which begins with that of the parent process.
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # MiB
     print("RESULT " + json.dumps({"times": times, "peak": peak}))
 
 
@@ -153,7 +177,7 @@ def machine_rates():
 def work(task):
     """(multiply-adds, bytes) that a task cannot avoid: every tensor in and out once, three times forward for training."""
     kind, *arguments = task
-    if kind in ("training step", "inference"):
+    if kind in STEPS:
         sys.path.insert(0, str(ROOT / "torch_impl"))
         import models
         import torch
@@ -170,6 +194,9 @@ def work(task):
             hook.remove()
         flops, moved = batch * counter.get_total_flops() / 2, moved + 2 * batch * sum(sizes)
         return (3 * flops, 3 * moved) if kind == "training step" else (flops, moved)
+    if kind == "data loading":
+        side, batch = arguments
+        return 0, batch * 3 * side * side * (1 + 4)  # bytes in, floats out
     shape, kernel = arguments
     size = 1
     for n in shape:
@@ -185,6 +212,7 @@ def tasks():
         for batch in batches:
             yield "training step", variant, side, batch
             yield "inference", variant, side, batch
+    yield "data loading", 64, 64
     for shape, kernel in WINDOWS:
         yield "na2d_av", shape, kernel
     for shape, kernel in MAPS:
@@ -194,8 +222,10 @@ def tasks():
 
 def describe(task):
     kind, *arguments = task
-    if kind in ("training step", "inference"):
+    if kind in STEPS:
         return f"{kind}, {arguments[0]}, {arguments[1]}x{arguments[1]}, batch {arguments[2]}"
+    if kind == "data loading":
+        return f"{kind}, {arguments[0]}x{arguments[0]}, batch {arguments[1]}"
     shape = "x".join(map(str, arguments[0]))
     return f"{kind}, {shape}" + ("" if kind == "batch norm" else f", kernel {arguments[1]}")
 
@@ -227,14 +257,15 @@ def make_parser():
     add("--torch-python", default=str(ROOT / ".venv-torch/bin/python"))
     add("--rounds", type=int, default=3, help="times that each contestant takes its turn")
     add("--only", default="", help="only rows whose description contains this")
-    add("--cold", action="store_true", help="also time a first step with an empty Jittor cache (minutes)")
+    add("--cold", action="store_true", help="also time a first step with an empty Jittor cache, which takes minutes")
     add("--output", type=Path, default=ROOT / "logs")
     add("--worker", nargs=2, help=argparse.SUPPRESS)
     return parser
 
 
 def main():
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     if args.worker:
         return worker(args.worker[0], json.loads(args.worker[1]))
     pythons = {"jittor": args.jittor_python, "torch": args.torch_python, "natten": args.torch_python}
@@ -242,38 +273,29 @@ def main():
     if has_natten.returncode != 0:
         del pythons["natten"]
         print("NATTEN is not installed: the official operator is left out")
+    if not any(args.only in describe(task) for task in tasks()):
+        parser.error(f"no row's description contains {args.only!r}")
     flops_rate, byte_rate = machine_rates()
-    print(f"{os.cpu_count()} cores; matrix product {flops_rate / 1e9:.0f} G multiply-adds/s, copy {byte_rate / 1e9:.1f} GB/s")
-    print(f"{'':58} {'jittor':>9} {'torch':>9} {'natten':>9} {'jt/torch':>8} {'floor':>8} {'jt/floor':>8}")
+    print(f"{os.cpu_count()} cores; matrix product {flops_rate / 1e9:.0f} G multiply-adds/s, copy {byte_rate / 1e9:.1f} GB/s\n"
+          "median milliseconds +- half of the interquartile range; peak memory of the process in MiB")
+    print(f"{'':46} {'jittor':>15} {'torch':>15} {'natten':>15} {'jt/torch':>8} {'floor':>8} {'jt/floor':>8} {'jt MiB':>7} {'torch MiB':>9}")
     rows = []
     for task in tasks():
         if args.only not in describe(task):
             continue
-        times, peaks = {name: [] for name in pythons}, {}
-        for _ in range(args.rounds):
-            for name, python in pythons.items():
-                if name == "natten" and task[0] in ("depthwise", "batch norm"):
-                    continue  # the same operators as torch's
-                result = run_worker(python, name, task)
-                times[name] += result["times"]
-                peaks[name] = max(peaks.get(name, 0), result["peak"])
+        row = bench(task, pythons, args.rounds)
         flops, moved = work(task)
-        floor = max(flops / flops_rate, moved / byte_rate)
-        row = {"task": describe(task), "floor_ms": 1e3 * floor}
-        for name in CONTESTANTS:
-            values = [1e3 * t for t in times.get(name, [])]
-            row[f"{name}_ms"] = statistics.median(values) if values else ""
-            row[f"{name}_spread_ms"] = statistics.quantiles(values, n=4)[2] - statistics.quantiles(values, n=4)[0] if values else ""
-            row[f"{name}_peak_mib"] = peaks.get(name, "")
+        row["floor_ms"] = 1e3 * max(flops / flops_rate, moved / byte_rate)
         rows.append(row)
-        cells = " ".join(f"{row[f'{n}_ms']:9.2f}" if row[f"{n}_ms"] != "" else f"{'-':>9}" for n in CONTESTANTS)
-        print(f"{row['task']:58} {cells} {row['jittor_ms'] / row['torch_ms']:8.2f} {row['floor_ms']:8.2f} "
-              f"{row['jittor_ms'] / row['floor_ms']:8.1f}", flush=True)
+        cells = " ".join(f"{row[f'{n}_ms']:9.2f} +-{row[f'{n}_spread_ms']:4.1f}" if row[f"{n}_ms"] != "" else f"{'-':>15}"
+                         for n in CONTESTANTS)
+        print(f"{row['task']:46} {cells} {row['jittor_ms'] / row['torch_ms']:8.2f} {row['floor_ms']:8.2f} "
+              f"{row['jittor_ms'] / row['floor_ms']:8.1f} {row['jittor_peak_mib']:7.0f} {row['torch_peak_mib']:9.0f}", flush=True)
     for name in ("jittor", "torch"):
-        print(f"first step of a new process, {name}: {first_step(pythons[name], name, Path.home()):.1f} s", flush=True)
+        print(f"first training step of a new process, {name}: {first_step(pythons[name], name, Path.home()):.1f} s", flush=True)
     if args.cold:
         with tempfile.TemporaryDirectory() as home:
-            print(f"first step with an empty cache, jittor: {first_step(pythons['jittor'], 'jittor', home):.0f} s")
+            print(f"the same with an empty Jittor cache: {first_step(pythons['jittor'], 'jittor', home):.0f} s")
     args.output.mkdir(parents=True, exist_ok=True)
     with open(args.output / "bench.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
@@ -281,6 +303,28 @@ def main():
         writer.writerows(rows)
     draw(rows, args.output / "bench.png")
     print(f"written: {args.output / 'bench.csv'}, {args.output / 'bench.png'}")
+
+
+def bench(task, pythons, rounds):
+    """Let the contestants take turns at `task`. Returns a row of the table, its floor excepted."""
+    times, peaks = {name: [] for name in pythons}, {}
+    for _ in range(rounds):
+        for name, python in pythons.items():
+            if name == "natten" and not (task[0] == "na2d_av" or task[0] in STEPS and task[3] == dict(
+                    (variant, batches[0]) for variant, _, batches in MODELS)[task[1]]):
+                continue
+            result = run_worker(python, name, task)
+            times[name] += result["times"]
+            peaks[name] = max(peaks.get(name, 0), result["peak"])
+    row = {"task": describe(task)}
+    for name in CONTESTANTS:
+        values = [1e3 * t for t in times.get(name, [])]
+        quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [0, 0, 0]
+        row[f"{name}_ms"] = statistics.median(values) if values else ""
+        row[f"{name}_spread_ms"] = (quartiles[2] - quartiles[0]) / 2 if values else ""
+        row[f"{name}_images_per_s"] = task[3] / statistics.median(values) * 1e3 if values and task[0] in STEPS else ""
+        row[f"{name}_peak_mib"] = peaks.get(name, "")
+    return row
 
 
 def draw(rows, path):
