@@ -1,4 +1,5 @@
 # make demo   train both frameworks on a small set and draw the figure
+# make align  show layer by layer and step by step that both compute the same
 # make bench  time both frameworks, and the official operator, side by side
 # make test   run every test; make test-current runs those of torch_impl on a current PyTorch
 # Each environment is made when it is first needed, and again when its requirements change.
@@ -9,7 +10,7 @@ TORCH := .venv-torch/bin/python
 REAL := data/tiny-imagenet-200
 DEMO_LOGS := logs/demo
 
-.PHONY: demo bench test test-current environments python-version clean
+.PHONY: demo align bench test test-current environments python-version clean
 
 environments: .venv-jittor/ready .venv-torch/ready
 
@@ -51,6 +52,9 @@ demo: environments
 
 bench: environments
 	$(TORCH) bench.py --jittor-python $(JITTOR) --torch-python $(TORCH) --cold
+
+align: environments
+	$(TORCH) align.py --jittor-python $(JITTOR) --torch-python $(TORCH) $(if $(wildcard $(REAL)),,--data-dir data/sample --num-classes 5 --batch-size 8)
 
 test: environments
 	$(TORCH) tests/run.py $(JITTOR) $(TORCH)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "torch_impl"))
+import contmix
 import models
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +22,7 @@ def counted_na2d_av(attn, value, kernel_size):
     return torch.zeros_like(value)
 
 
-models.na2d_av = counted_na2d_av
+contmix.na2d_av = counted_na2d_av
 print("| variant | parameters | parameters, merged | FLOPs at 224x224, merged |\n| --- | --- | --- | --- |")
 for name in models.VARIANTS:
     model = models.OverLoCK(**models.VARIANTS[name]).eval()

@@ -18,7 +18,7 @@ class AdamW(jt.optim.AdamW):
         for group in self.param_groups:
             beta1, beta2 = group.get("betas", self.betas)
             lr = group.get("lr", self.lr)
-            numbers = {"decay": 1 - lr * group.get("weight_decay", self.weight_decay), "beta1": beta1, "beta2": beta2,
+            numbers = {"decay": 1 - lr * group.get("weight_decay", self.weight_decay), "gain1": 1 - beta1, "beta2": beta2, "gain2": 1 - beta2,
                        "step_size": lr / (1 - beta1**self.n_step), "correction": (1 - beta2**self.n_step)**0.5,
                        "eps": group.get("eps", self.eps)}
             states = zip(group["params"], group["grads"], group["m"], group["values"])

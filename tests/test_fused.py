@@ -180,14 +180,15 @@ def test_adamw():
     arrays = [generator.standard_normal(shape).astype(np.float32) for shape in [(5,), (3, 4), (2, 3, 3, 3), (7,)] * 20]
     params = [jt.array(a) for a in arrays]
     targets = [jt.array(generator.standard_normal(a.shape).astype(np.float32)) for a in arrays]
-    optimizer = AdamW(params, lr=1e-2, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1)
+    # 1 - 0.999 in float32 is off by 1e-5.
+    optimizer = AdamW(params, lr=1e-2, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1)
     expected, m, v = [a.astype(np.float64) for a in arrays], [0] * len(arrays), [0] * len(arrays)
     for step in range(1, 6):
         optimizer.step(sum(((p - t) * (p - t)).sum() for p, t in zip(params, targets)))
         for i, target in enumerate(targets):
             grad = 2 * (expected[i] - target.numpy())
-            m[i], v[i] = 0.8 * m[i] + 0.2 * grad, 0.99 * v[i] + 0.01 * grad**2
-            step_size, correction = 1e-2 / (1 - 0.8**step), (1 - 0.99**step)**0.5
+            m[i], v[i] = 0.9 * m[i] + 0.1 * grad, 0.999 * v[i] + 0.001 * grad**2
+            step_size, correction = 1e-2 / (1 - 0.9**step), (1 - 0.999**step)**0.5
             expected[i] = expected[i] * (1 - 1e-2 * 0.1) - step_size * m[i] / (np.sqrt(v[i]) / correction + 1e-6)
     for i, param in enumerate(params):
         assert error(param.numpy(), expected[i]) < 2e-6

@@ -1,0 +1,415 @@
+"""Run both frameworks side by side and print where they part: python align.py, or `make align`.
+
+Each framework runs in a process and an environment of its own and writes an .npz file. The ladder, rung by rung:
+
+    1 weights     parameters and buffers before training: keys, shapes, bits
+    2 batches     two epochs of training and validation: bits
+    3 forward     the output of every module, in order of execution, in training and in evaluation mode
+    4 loss        5 gradients    6 one AdamW step: every parameter, and BatchNorm's statistics
+    7 steps       the loss of each of --steps training steps
+
+Rungs 1 and 2 are equal or not. For 3 to 6 the reference is the PyTorch model in float64, and the yardstick is how far
+the same PyTorch model in float32 is from it: Jittor may be at most ten times as far for one array and three times for
+the mean over a rung. For rung 7 the yardstick is PyTorch against PyTorch with every initial weight moved by one unit
+in the last place: Jittor's gap may be at most three times that gap at each step, both averaged over ten steps.
+
+Prints a table, writes logs/alignment.csv and logs/alignment.png. Exits with status 1 if a limit is passed and names
+the first module that departs.
+"""
+import argparse
+import csv
+import hashlib
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent
+EPS = float(np.finfo(np.float32).eps)
+ARRAY_LIMIT, RUNG_LIMIT, STEP_LIMIT, WINDOW = 10, 3, 3, 10
+LOSS_RATIO = 0.4
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(prog="align.py", description="Show that the two frameworks compute the same.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--jittor-python", default=str(ROOT / ".venv-jittor/bin/python"), help="Python of Jittor's environment")
+    add("--torch-python", default=str(ROOT / ".venv-torch/bin/python"), help="Python of PyTorch's environment")
+    add("--model", default="overlock_xxt", help="variant")
+    add("--img-size", type=int, default=64, help="images of another size are repeated or thinned out to this one")
+    add("-b", "--batch-size", type=int, default=16, help="images a step")
+    add("--steps", type=int, default=100, help="training steps of rung 7")
+    add("--seed", type=int, default=0, help="of initial weights and batches")
+    add("--data-dir", type=Path, default=ROOT / "data" / "tiny-imagenet-200", help="a folder laid out like TinyImageNet")
+    add("--num-classes", type=int, default=20, help="use the first classes in sorted order")
+    add("--output", type=Path, default=ROOT / "logs", help="folder for alignment.csv and alignment.png")
+    add("--plant-fault", metavar="MODULE", help="lose the residual of this ResDWConv in Jittor, to see the ladder find it")
+    add("--write-moved", type=Path, metavar="FILE",
+        help="only write the initial weights, each moved by one unit in the last place, for torch_impl/train.py --init")
+    add("--worker", nargs=3, metavar=("FRAMEWORK", "TASK", "FILE"), help=argparse.SUPPRESS)
+    return parser
+
+
+class Jittor:
+    def __init__(self, _):
+        import models
+        import train
+        from jittor_setup import jt
+        self.jt, self.models, self.train = jt, models, train
+
+    def array(self, images):
+        return self.jt.array(images)
+
+    def labels(self, labels):
+        return self.jt.array(labels.astype(np.int32))
+
+    def numpy(self, x):
+        return x.numpy()
+
+    def build(self, args, moved):
+        model = self.models.OverLoCK(**self.models.VARIANTS[args.model], num_classes=args.num_classes, seed=args.seed)
+        if args.plant_fault:
+            from jittor import nn
+            modules = dict(model.named_modules())
+            if type(modules.get(args.plant_fault)).__name__ != "ResDWConv":
+                sys.exit(f"{args.plant_fault} is not a ResDWConv of {args.model}")
+            broken = modules[args.plant_fault]
+            broken.execute = lambda x: nn.Conv2d.execute(broken, x)
+        return model
+
+    def record(self, module, store):
+        run = module.execute
+
+        def execute(*inputs):
+            output = run(*inputs)
+            store(output)
+            return output
+        module.execute = execute
+
+    def is_array(self, x):
+        return isinstance(x, self.jt.Var)
+
+    def no_grad(self):
+        return self.jt.no_grad()
+
+    def gradients(self, loss, parameters):
+        return self.jt.grad(loss, parameters)
+
+    def step(self, optimizer, loss):
+        optimizer.step(loss)
+        self.jt.sync_all()
+
+
+class Torch:
+    def __init__(self, name):
+        import models
+        import torch
+        import train
+        self.torch, self.models, self.train = torch, models, train
+        self.dtype = torch.float64 if name == "torch64" else torch.float32
+
+    def array(self, images):
+        return self.torch.from_numpy(images).to(self.dtype)
+
+    def labels(self, labels):
+        return self.torch.from_numpy(labels)
+
+    def numpy(self, x):
+        return x.detach().numpy()
+
+    def build(self, args, moved):
+        model = self.models.OverLoCK(**self.models.VARIANTS[args.model], num_classes=args.num_classes, seed=args.seed)
+        if moved:
+            generator = np.random.default_rng(args.seed)
+            for parameter in model.parameters():
+                value = parameter.detach().numpy()
+                direction = np.where(generator.random(value.shape) < 0.5, np.float32(-np.inf), np.float32(np.inf))
+                parameter.data.copy_(self.torch.from_numpy(np.nextafter(value, direction)))
+        return model.to(self.dtype)
+
+    def record(self, module, store):
+        module.register_forward_hook(lambda _, inputs, output: store(output))
+
+    def is_array(self, x):
+        return self.torch.is_tensor(x)
+
+    def no_grad(self):
+        return self.torch.no_grad()
+
+    def gradients(self, loss, parameters):
+        return self.torch.autograd.grad(loss, parameters, retain_graph=True)
+
+    def step(self, optimizer, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def resized(images, side):
+    """(n, 3, H, W) -> (n, 3, side, side), each pixel a copy of the nearest one: the same bits everywhere."""
+    rows, cols = (np.arange(side) * size // side for size in images.shape[2:])
+    return np.ascontiguousarray(images[:, :, rows][:, :, :, cols])
+
+
+def batches(args):
+    """Training batches of one epoch after another, images (n, 3, side, side) and labels (n,), and no short ones."""
+    from dataset import load
+    train, _ = load(args.data_dir, args.num_classes, args.batch_size * args.steps // args.num_classes + 1, 1, False)
+    epoch = 0
+    while True:
+        epoch += 1
+        for images, labels in train.batches(args.batch_size, args.seed, epoch):
+            if len(labels) == args.batch_size:
+                yield resized(images, args.img_size), labels
+
+
+def loss_of(f, output, labels):
+    main, aux = (f.train.cross_entropy(output[head], labels) for head in ("main", "aux"))
+    return main + LOSS_RATIO * aux
+
+
+def one_step(f, args):
+    """Rungs 1 to 6: {"rung/name": array}, in order of execution."""
+    from checkpoint import model_arrays, trainable
+    from dataset import load
+    arrays = {}
+    model = f.build(args, moved=False)
+    arrays |= {f"weights/{name}": value.copy() for name, value in model_arrays(model).items()}
+    train, val = load(args.data_dir, args.num_classes, 2 * args.batch_size, 1, False)
+    for epoch in (1, 2):
+        for split, data in (("training", train.batches(args.batch_size, args.seed, epoch)), ("validation", val.batches(args.batch_size))):
+            for i, (images, labels) in enumerate(data):
+                digest = hashlib.sha256(images.tobytes() + labels.tobytes()).digest()
+                arrays[f"batches/{split}, epoch {epoch}, batch {i}"] = np.frombuffer(digest, np.uint8)
+
+    outputs = {}
+    for name, module in model.named_modules():
+        # A module that runs twice in a pass would be a surprise; its second output gets a name of its own.
+        def store(output, name=name):
+            if f.is_array(output):
+                outputs[name if name not in outputs else f"{name} again"] = output
+        if name:
+            f.record(module, store)
+    images, labels = next(batches(args))
+    images, labels = f.array(images), f.labels(labels)
+    model.eval()
+    with f.no_grad():
+        model(images)
+    arrays |= {f"forward/evaluation {name}": f.numpy(value) for name, value in outputs.items()}
+    outputs.clear()
+    model.train()
+    loss = loss_of(f, model(images), labels)
+    arrays |= {f"forward/training {name}": f.numpy(value) for name, value in outputs.items()}
+    arrays["loss/total"] = f.numpy(loss).reshape(1)
+    parameters = trainable(model)
+    gradients = f.gradients(loss, list(parameters.values()))
+    arrays |= {f"gradients/{name}": f.numpy(value) for name, value in zip(parameters, gradients)}
+    optimizer = f.train.make_optimizer(model, f.train.make_parser().parse_args([]))
+    f.step(optimizer, loss)
+    arrays |= {f"step/{name}": value for name, value in model_arrays(model).items() if not name.endswith("num_batches_tracked")}
+    return arrays
+
+
+def many_steps(f, args, moved):
+    """Rung 7: the loss before each step."""
+    model = f.build(args, moved)
+    model.train()
+    optimizer = f.train.make_optimizer(model, f.train.make_parser().parse_args([]))
+    losses = []
+    for (images, labels), _ in zip(batches(args), range(args.steps)):
+        loss = loss_of(f, model(f.array(images)), f.labels(labels))
+        f.step(optimizer, loss)
+        losses.append(loss.item())
+    return {"losses": np.array(losses)}
+
+
+def worker(args):
+    framework, task, path = args.worker
+    sys.path.insert(0, str(ROOT / ("jittor_impl" if framework == "jittor" else "torch_impl")))
+    f = Jittor(framework) if framework == "jittor" else Torch(framework)
+    if task == "write":
+        from checkpoint import model_arrays
+        from safetensors.numpy import save_file
+        arrays = model_arrays(f.build(args, moved=True))
+        return save_file({f"model.{name}": np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}, path)
+    np.savez(path, **(one_step(f, args) if task == "one" else many_steps(f, args, moved=task == "moved")))
+
+
+def run_worker(args, framework, task, path):
+    """Run a worker in the environment of `framework`; it writes `path`."""
+    options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in
+               ("model", "img_size", "batch_size", "steps", "seed", "data_dir", "num_classes")]
+    if args.plant_fault and framework == "jittor":
+        options.append(f"--plant-fault={args.plant_fault}")
+    python = args.jittor_python if framework == "jittor" else args.torch_python
+    try:
+        result = subprocess.run([python, __file__, *options, "--worker", framework, task, path], capture_output=True, text=True)
+    except OSError:
+        fail(f"no Python at {python}; run `make environments`, or give --jittor-python and --torch-python")
+    if result.returncode != 0:
+        fail(f"{framework} failed: {(result.stderr.strip() or 'no message').splitlines()[-1]}")
+
+
+def results_of(args, framework, task, folder):
+    """What a worker measured, {name: array}."""
+    path = folder / f"{framework}-{task}.npz"
+    run_worker(args, framework, task, path)
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def fail(message):
+    print(f"align.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def relative_errors(actual, reference, floor):
+    """(maximum, mean) of |actual - reference|, relative to those of |reference|, or to `floor` if that is larger."""
+    difference, size = np.abs(actual.astype(np.float64) - reference), np.abs(reference)
+    return difference.max() / max(size.max(), floor), difference.mean() / max(size.mean(), floor)
+
+
+def compare_bits(rung, jittor, torch):
+    """Rows of rungs 1 and 2."""
+    for name in [*torch, *(name for name in jittor if name not in torch)]:
+        same = (name in jittor and name in torch and jittor[name].dtype == torch[name].dtype
+                and np.array_equal(jittor[name], torch[name]))
+        yield dict(rung=rung, name=name, ok=same)
+
+
+def determined(torch, reference):
+    """{name: which elements of a parameter's gradient have a sign that float32 can tell}.
+
+    The first AdamW step moves an element by the sign of its gradient. Where that is no larger than ten times the float32
+    error, the sign is chance, and so is the step.
+    """
+    return {name: np.abs(array) > 10 * np.abs(torch[name] - array).max() for name, array in reference.items()}
+
+
+def compare_arrays(rung, jittor, torch, reference, keep):
+    """Rows of rungs 3 to 6, of the elements to keep: {name: mask}, everything where there is none.
+
+    What Jittor's inference merges into one operator has no counterpart and is left out.
+    """
+    missing = [name for name in reference if name not in jittor and rung != "forward"]
+    yield from (dict(rung=rung, name=f"{name} is missing", ok=False) for name in missing)
+    # Some gradients are zero in exact arithmetic, such as that of a bias before BatchNorm: their errors are relative to
+    # the gradients at large.
+    floor = np.median([np.abs(array).mean() for array in reference.values()])
+    for name in (name for name in reference if name in jittor):
+        if jittor[name].shape != reference[name].shape:
+            yield dict(rung=rung, name=f"{name} has shape {jittor[name].shape}, not {reference[name].shape}", ok=False)
+            continue
+        kept = keep.get(name, np.ones(reference[name].shape, bool))
+        if not kept.any():
+            continue
+        largest, mean = relative_errors(jittor[name][kept], reference[name][kept], floor)
+        torch_largest, torch_mean = relative_errors(torch[name][kept], reference[name][kept], floor)
+        # No yardstick is below half a unit in the last place: a float32 array cannot be nearer on the whole.
+        limit = ARRAY_LIMIT * max(torch_mean, EPS / 2)
+        yield dict(rung=rung, name=name, max_error=largest, mean_error=mean, torch_max_error=torch_largest,
+                   torch_mean_error=torch_mean, limit=limit, ok=bool(mean <= limit))
+
+
+def smoothed(gaps):
+    """Means over windows of ten steps; a shorter run is one window."""
+    width = min(WINDOW, len(gaps))
+    return np.convolve(gaps, np.ones(width) / width, mode="valid")
+
+
+def compare_steps(jittor, torch, moved):
+    """Rows of rung 7, one a step; the limit is that of the window that ends there."""
+    gap, chance = (np.abs(run - torch) / np.abs(torch) for run in (jittor, moved))
+    width = min(WINDOW, len(gap))
+    for i, (ours, theirs) in enumerate(zip(smoothed(gap), STEP_LIMIT * np.maximum(smoothed(chance), EPS / 2)), width - 1):
+        yield dict(rung="steps", name=f"step {i + 1}", max_error=gap[i], mean_error=ours, torch_max_error=chance[i],
+                   torch_mean_error=theirs / STEP_LIMIT, limit=theirs, ok=bool(ours <= theirs))
+
+
+def of_rung(arrays, rung):
+    return {name.partition("/")[2]: value for name, value in arrays.items() if name.startswith(f"{rung}/")}
+
+
+def summary(rung, rows):
+    """One line of the table, and whether the rung holds."""
+    failed = [row for row in rows if not row["ok"]]
+    if rung in ("weights", "batches"):
+        text = f"{len(rows)} arrays, {len(rows) - len(failed)} equal bit by bit"
+    else:
+        measured = [row for row in rows if "mean_error" in row]
+        worst = max(measured, key=lambda row: row["mean_error"] / row["limit"])
+        mean, torch_mean = (np.mean([row[key] for row in measured]) for key in ("mean_error", "torch_mean_error"))
+        text = (f"{len(rows):4} | max {max(row['max_error'] for row in measured):.1e}  mean {mean:.1e} | yardstick: "
+                f"max {max(row['torch_max_error'] for row in measured):.1e}  mean {torch_mean:.1e} | nearest to its limit: "
+                f"{worst['name']}, {worst['mean_error'] / worst['limit']:.2f} of it")
+        if rung != "steps" and mean > RUNG_LIMIT * max(torch_mean, EPS / 2):
+            failed = failed or [worst]
+    verdict = "ok" if not failed else f"FAILED, {len(failed)} beyond the limit, the first is {failed[0]['name']}"
+    return f"{rung:9} {text} | {verdict}", failed[0]["name"] if failed else None
+
+
+def draw(rows, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    forward = [row for row in rows if row["rung"] == "forward" and "mean_error" in row and row["name"].startswith("training")]
+    for axes, shown, ours, theirs, label in (
+            (left, forward, "mean_error", "torch_mean_error", "PyTorch in float32"),
+            (right, [row for row in rows if row["rung"] == "steps"], "max_error", "torch_max_error",
+             "PyTorch, weights moved by one unit in the last place")):
+        axes.plot([row[theirs] for row in shown], color="#f0ad30", linewidth=2.5, label=label)
+        axes.plot([row[ours] for row in shown], color="#00466e", linewidth=1, label="Jittor")
+        axes.set_yscale("log")
+        axes.legend()
+    left.set(title="Every module in order of execution", xlabel="module", ylabel="mean error relative to PyTorch in float64")
+    right.set(title="Training step after training step", xlabel="step", ylabel="relative gap of the loss to PyTorch")
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args)
+    if args.steps < 1 or args.batch_size < 2 or args.img_size < 32:
+        parser.error("--steps must be at least 1, --batch-size 2, --img-size 32")
+    if args.write_moved:
+        return run_worker(args, "torch", "write", args.write_moved)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        jittor, torch, reference = (results_of(args, name, "one", folder) for name in ("jittor", "torch", "torch64"))
+        runs = [results_of(args, *task, folder)["losses"] for task in (("jittor", "many"), ("torch", "many"), ("torch", "moved"))]
+    print(f"{args.model}, {args.img_size}x{args.img_size}, batch {args.batch_size}, seed {args.seed}; errors are relative")
+    rows, departures = [], []
+    for rung in ("weights", "batches", "forward", "loss", "gradients", "step", "steps"):
+        if rung == "steps":
+            found = list(compare_steps(*runs))
+        elif rung in ("weights", "batches"):
+            found = list(compare_bits(rung, of_rung(jittor, rung), of_rung(torch, rung)))
+        else:
+            keep = determined(of_rung(torch, "gradients"), of_rung(reference, "gradients")) if rung == "step" else {}
+            found = list(compare_arrays(rung, *(of_rung(arrays, rung) for arrays in (jittor, torch, reference)), keep))
+        line, first = summary(rung, found)
+        print(line, flush=True)
+        departures += [f"{rung}: {first}"] if first else []
+        rows += found
+    args.output.mkdir(parents=True, exist_ok=True)
+    with open(args.output / "alignment.csv", "w", newline="") as f:
+        columns = ["rung", "name", "max_error", "mean_error", "torch_max_error", "torch_mean_error", "limit", "ok"]
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, args.output / "alignment.png")
+    print(f"written: {args.output / 'alignment.csv'}, {args.output / 'alignment.png'}")
+    if departures:
+        print(f"The frameworks part. They first depart at {departures[0]}")
+        sys.exit(1)
+    print("The frameworks compute the same, apart by rounding.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Put a defect of the published Jittor port back into our Jittor model (docs/why-it-drifted.md).
+
+    python docs/ablation.py DEFECT [options of train.py]    train with that defect; DEFECT: none, residual, centre,
+                                                            decay, layers, all
+    python docs/ablation.py errors                          print the error that each causes in its layer
+    python docs/ablation.py draw FOLDER                     draw FOLDER/DEFECT/log.csv of all of them (needs matplotlib)
+"""
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "jittor_impl"))
+
+
+def lose_residual():
+    """ResDWConv overrides `forward`; Jittor calls `execute`, which stays that of the convolution."""
+    import layers
+    layers.ResDWConv.execute = layers.Conv2d.execute
+
+
+def centre(attn, value, kernel_size):
+    """na2d_av whose neighbours of a pixel with a centred window are all the pixel itself."""
+    import numpy as np
+    import ops
+    from jittor_setup import jt
+    H, W = value.shape[2:4]
+
+    def centred(size):
+        i = np.arange(size)
+        return (i >= kernel_size // 2) & (i < size - kernel_size // 2)
+    inner = jt.array((centred(H)[:, None] & centred(W)).astype(np.float32)).reshape(1, 1, H, W, 1).stop_grad()
+    right = ops.na2d_av(attn, value, kernel_size)
+    return right * (1 - inner) + attn.sum(-1, keepdims=True) * value * inner
+
+
+def read_the_centre():
+    """C reads `a ? b : c + d` as `a ? b : (c + d)`, so that the offset was not added where it was meant."""
+    import contmix
+    contmix.on_cpu = lambda: False
+    contmix.na2d_av = centre
+
+
+def lose_decay():
+    """AdamW's weight decay defaults to 0 in Jittor, to 0.01 in PyTorch."""
+    sys.argv += ["--weight-decay", "0"]
+
+
+def use_stock_layers():
+    """Jittor's own adaptive pooling and BatchNorm."""
+    import layers
+    import models
+    from jittor import nn
+    for module in (layers, models):
+        module.AdaptiveAvgPool2d, module.BatchNorm2d = nn.AdaptiveAvgPool2d, nn.BatchNorm2d
+
+
+DEFECTS = {"none": [], "residual": [lose_residual], "centre": [read_the_centre], "decay": [lose_decay], "layers": [use_stock_layers],
+           "all": [lose_residual, read_the_centre, lose_decay, use_stock_layers]}
+LABELS = {"none": "right", "residual": "1 lost residual", "centre": "2 centre pixel", "decay": "3 no weight decay",
+          "layers": "4 stock pooling and BatchNorm", "all": "all four"}
+
+
+def print_errors():
+    """max|wrong - right| / max|right| of each defect's layer, on normal input."""
+    import aligned_nn
+    import layers
+    import numpy as np
+    import ops
+    from jittor_setup import jt
+    from jittor import nn
+    generator = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jt.array(generator.standard_normal(shape).astype(np.float32))
+
+    def error(wrong, right):
+        return float(np.abs(wrong.numpy() - right.numpy()).max() / np.abs(right.numpy()).max())
+
+    block, x = layers.ResDWConv(24), normal(16, 24, 16, 16)
+    print(f"1 a residual depthwise convolution without its residual: {error(aligned_nn.Conv2d.execute(block, x), block(x)):.2f}")
+    for size, kernel in ((9, 9), (9, 5), (7, 5), (14, 13)):
+        attn, value = nn.softmax(normal(4, 2, size, size, kernel**2), dim=-1), normal(4, 2, size, size, 12)
+        wrong, right = centre(attn, value, kernel), ops.na2d_av(attn, value, kernel)
+        print(f"2 na2d_av, kernel {kernel} on a {size}x{size} map, centre pixel: {error(wrong, right):.2f}")
+    print(f"3 a weight after 3140 steps without decay (lr 1e-3, 0.01): {1 - (1 - 1e-5)**3140:.3f} of it is not taken away")
+    x = normal(16, 32, 9, 9)
+    print(f"4 adaptive pooling 9 -> 7: {error(nn.AdaptiveAvgPool2d(7)(x), aligned_nn.AdaptiveAvgPool2d(7)(x)):.2f}")
+    for ratio in (1, 20, 200):
+        stock, ours = nn.BatchNorm2d(24), aligned_nn.BatchNorm2d(24)
+        x = normal(16, 24, 4, 4) + ratio
+        right = (x.numpy().astype(np.float64) - x.numpy().mean((0, 2, 3), dtype=np.float64, keepdims=True))
+        right /= np.sqrt((right**2).mean((0, 2, 3), keepdims=True) + 1e-5)
+        for name, layer in (("Jittor's", stock), ("ours", ours)):
+            off = np.abs(layer(x).numpy() - right).max() / np.abs(right).max()
+            print(f"4 BatchNorm, mean {ratio} times the spread, {name}: {off:.1e}")
+        print(f"4 its running variance after a batch of 256 pixels: {error(stock.running_var, ours.running_var):.1e}")
+
+
+def draw(folder):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for i, (name, label) in enumerate(LABELS.items()):
+        path = folder / name / "log.csv"
+        if not path.exists():
+            continue
+        with open(path, newline="") as f:
+            rows = list(csv.DictReader(f))
+        for axes, column in zip(panels, ("train_loss_main", "acc_top1")):
+            axes.plot([int(row["epoch"]) for row in rows], [float(row[column]) for row in rows], marker="osv^Dx"[i], label=label,
+                      linewidth=3 if name == "none" else 1.3, color=f"C{i}", zorder=3 if name == "none" else 2)
+    for axes, title in zip(panels, ("main loss in training", "top-1 accuracy")):
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    panels[0].legend()
+    figure.savefig(folder / "ablation.png", dpi=150)
+    print(f"written: {folder / 'ablation.png'}")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="ablation.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=[*DEFECTS, "errors", "draw"])
+    args, options = parser.parse_known_args()
+    if args.what == "errors":
+        return print_errors()
+    if args.what == "draw":
+        return draw(Path(options[0])) if options else parser.error("draw needs a folder")
+    sys.argv[1:] = options
+    import train
+    for defect in DEFECTS[args.what]:
+        defect()
+    train.main()
+
+
+if __name__ == "__main__":
+    main()
