@@ -54,7 +54,12 @@ bench: environments
 	$(TORCH) bench.py --jittor-python $(JITTOR) --torch-python $(TORCH) --cold
 
 align: environments
-	$(TORCH) align.py --jittor-python $(JITTOR) --torch-python $(TORCH) $(if $(wildcard $(REAL)),,--data-dir data/sample --num-classes 5 --batch-size 8)
+	@if [ -d $(REAL) ]; then options=""; else \
+		[ -d data/sample ] || $(TORCH) data/prepare.py --sample || exit 1; \
+		echo "make align: no data in $(REAL), so the drawn sample in data/sample"; \
+		options="--data-dir data/sample --num-classes 5"; \
+	fi; \
+	$(TORCH) align.py --jittor-python $(JITTOR) --torch-python $(TORCH) $$options
 
 test: environments
 	$(TORCH) tests/run.py $(JITTOR) $(TORCH)

@@ -45,6 +45,7 @@ def make_parser():
     add("--seed", type=int, default=0, help="of initial weights and batches")
     add("--data-dir", type=Path, default=ROOT / "data" / "tiny-imagenet-200", help="a folder laid out like TinyImageNet")
     add("--num-classes", type=int, default=20, help="use the first classes in sorted order")
+    add("--train-per-class", type=int, default=50, help="training images of each class")
     add("--output", type=Path, default=ROOT / "logs", help="folder for alignment.csv and alignment.png")
     add("--plant-fault", metavar="MODULE", help="lose the residual of this ResDWConv in Jittor, to see the ladder find it")
     add("--write-moved", type=Path, metavar="FILE",
@@ -157,7 +158,7 @@ def resized(images, side):
 def batches(args):
     """Training batches of one epoch after another, images (n, 3, side, side) and labels (n,), and no short ones."""
     from dataset import load
-    train, _ = load(args.data_dir, args.num_classes, args.batch_size * args.steps // args.num_classes + 1, 1, False)
+    train, _ = load(args.data_dir, args.num_classes, args.train_per_class, 1, False)
     epoch = 0
     while True:
         epoch += 1
@@ -178,7 +179,7 @@ def one_step(f, args):
     arrays = {}
     model = f.build(args, moved=False)
     arrays |= {f"weights/{name}": value.copy() for name, value in model_arrays(model).items()}
-    train, val = load(args.data_dir, args.num_classes, 2 * args.batch_size, 1, False)
+    train, val = load(args.data_dir, args.num_classes, args.train_per_class, 1, False)
     for epoch in (1, 2):
         for split, data in (("training", train.batches(args.batch_size, args.seed, epoch)), ("validation", val.batches(args.batch_size))):
             for i, (images, labels) in enumerate(data):
@@ -187,10 +188,12 @@ def one_step(f, args):
 
     outputs = {}
     for name, module in model.named_modules():
-        # A module that runs twice in a pass would be a surprise; its second output gets a name of its own.
         def store(output, name=name):
-            if f.is_array(output):
-                outputs[name if name not in outputs else f"{name} again"] = output
+            # A block of Focus-Net returns features and overview, the last one no overview, and calls its drop_path twice.
+            for i, array in enumerate(output if isinstance(output, (tuple, list)) else [output]):
+                if f.is_array(array):
+                    key = f"{name}[{i}]" if i else name
+                    outputs[f"{key}, second call" if key in outputs else key] = array
         if name:
             f.record(module, store)
     images, labels = next(batches(args))
@@ -241,7 +244,7 @@ def worker(args):
 def run_worker(args, framework, task, path):
     """Run a worker in the environment of `framework`; it writes `path`."""
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in
-               ("model", "img_size", "batch_size", "steps", "seed", "data_dir", "num_classes")]
+               ("model", "img_size", "batch_size", "steps", "seed", "data_dir", "num_classes", "train_per_class")]
     if args.plant_fault and framework == "jittor":
         options.append(f"--plant-fault={args.plant_fault}")
     python = args.jittor_python if framework == "jittor" else args.torch_python
@@ -377,6 +380,8 @@ def main():
         return worker(args)
     if args.steps < 1 or args.batch_size < 2 or args.img_size < 32:
         parser.error("--steps must be at least 1, --batch-size 2, --img-size 32")
+    if args.batch_size > args.num_classes * args.train_per_class:
+        parser.error("--batch-size is larger than the training set, --num-classes times --train-per-class images")
     if args.write_moved:
         return run_worker(args, "torch", "write", args.write_moved)
     with tempfile.TemporaryDirectory() as folder:

@@ -192,3 +192,35 @@ def test_bench_measures_both_frameworks(pythons, tmp_path):
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(tmp_path / "bench.csv")
     assert (table[["jittor_ms", "torch_ms", "floor_ms"]] > 0).all(axis=None) and (tmp_path / "bench.png").stat().st_size > 5000
+
+
+def align(pythons, dataset, output, *options):
+    command = [sys.executable, ROOT / "align.py", "--jittor-python", pythons["jittor"], "--torch-python", pythons["torch"],
+               "--data-dir", dataset, "--num-classes", "3", "--train-per-class", "12", "-b", "12", "--output", output, *options]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+
+
+def test_align_finds_the_frameworks_alike(pythons, dataset, tmp_path):
+    result = align(pythons, dataset, tmp_path, "--steps", "12")
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = pd.read_csv(tmp_path / "alignment.csv")
+    assert set(table.rung) == {"weights", "batches", "forward", "loss", "gradients", "step", "steps"} and table.ok.all()
+    # Every block of the three sub-networks and both heads, in both modes.
+    names = set(table.name[table.rung == "forward"])
+    blocks = [f"blocks{i}.{j}" for i, depth in enumerate((1, 1, 2, 1), 1) for j in range(depth)]
+    blocks += ["sub_blocks3.0", "sub_blocks3.2", "sub_blocks3.0[1]", "sub_blocks4.0", "head"]
+    assert {f"{mode} {block}" for mode in ("training", "evaluation") for block in blocks} <= names
+    assert "training aux_head" in names and (tmp_path / "alignment.png").stat().st_size > 10000
+
+
+def test_align_names_a_broken_module(pythons, dataset, tmp_path):
+    """A residual lost on purpose, deep in the network, is found where it is and not where it shows later."""
+    result = align(pythons, dataset, tmp_path, "--steps", "2", "--plant-fault", "sub_blocks3.1.dwconv2")
+    assert result.returncode == 1 and "They first depart at forward: evaluation sub_blocks3.1.dwconv2\n" in result.stdout, result.stdout
+
+
+def test_align_with_a_wrong_name_or_size(pythons, dataset, tmp_path):
+    for options, message in ((("--plant-fault", "nothing"), "nothing is not a ResDWConv"), (("-b", "64"), "larger than the training set"),
+                             (("--jittor-python", "/nowhere"), "no Python at /nowhere")):
+        result = align(pythons, dataset, tmp_path, *options)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
