@@ -290,12 +290,17 @@ def main():
         cells = " ".join(f"{row[f'{n}_ms']:9.2f} +-{row[f'{n}_spread_ms']:4.1f}" if row[f"{n}_ms"] != "" else f"{'-':>15}"
                          for n in CONTESTANTS)
         print(f"{row['task']:46} {cells} {row['jittor_ms'] / row['torch_ms']:8.2f} {row['floor_ms']:8.2f} "
-              f"{row['jittor_ms'] / row['floor_ms']:8.1f} {row['jittor_peak_mib']:7.0f} {row['torch_peak_mib']:9.0f}", flush=True)
-    for name in ("jittor", "torch"):
-        print(f"first training step of a new process, {name}: {first_step(pythons[name], name, Path.home()):.1f} s", flush=True)
+              f"{row['jittor_ms'] / row['floor_ms']:8.1f} {row['jittor_peak_mib']:7.0f} {row['torch_peak_mib']:9.0f}"
+              + (f"   {row['jittor_images_per_s']:.0f} / {row['torch_images_per_s']:.0f} images/s" if task[0] in STEPS else ""),
+              flush=True)
+    jittor, torch = (first_step(pythons[name], name, Path.home()) for name in ("jittor", "torch"))
+    first = [("first training step of a new process", jittor, torch)]
     if args.cold:
         with tempfile.TemporaryDirectory() as home:
-            print(f"the same with an empty Jittor cache: {first_step(pythons['jittor'], 'jittor', home):.0f} s")
+            first.append(("the same with an empty Jittor cache", first_step(pythons["jittor"], "jittor", home), torch))
+    for task, jittor, torch in first:
+        print(f"{task:46} {1e3 * jittor:9.0f} {'':5} {1e3 * torch:9.0f}", flush=True)
+        rows.append({**dict.fromkeys(rows[0], ""), "task": task, "jittor_ms": 1e3 * jittor, "torch_ms": 1e3 * torch})
     args.output.mkdir(parents=True, exist_ok=True)
     with open(args.output / "bench.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
