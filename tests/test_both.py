@@ -204,7 +204,7 @@ def test_align_finds_the_frameworks_alike(pythons, dataset, tmp_path):
     result = align(pythons, dataset, tmp_path, "--steps", "12")
     assert result.returncode == 0, result.stdout + result.stderr
     table = pd.read_csv(tmp_path / "alignment.csv")
-    assert set(table.rung) == {"weights", "batches", "forward", "loss", "gradients", "step", "steps"} and table.ok.all()
+    assert set(table.rung) == {"weights", "batches", "forward", "loss", "gradients", "step", "adamw", "steps"} and table.ok.all()
     # Every block of the three sub-networks and both heads, in both modes.
     names = set(table.name[table.rung == "forward"])
     blocks = [f"blocks{i}.{j}" for i, depth in enumerate((1, 1, 2, 1), 1) for j in range(depth)]
