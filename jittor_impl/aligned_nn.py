@@ -18,7 +18,7 @@ def on_cpu():
 
 
 class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d. A depthwise one that keeps the map's size runs as a kernel of ours on the CPU."""
+    """torch.nn.Conv2d. A depthwise one that keeps the map's size is a kernel of ours, a dense one is on the CPU."""
 
     def execute(self, x):
         (k, k2), (d, d2) = self.kernel_size, self.dilation
@@ -32,7 +32,7 @@ class Conv2d(nn.Conv2d):
 
     def depthwise(self, x, residual):
         """The depthwise convolution of x, plus x itself if `residual`; for an odd square kernel that keeps the size."""
-        if on_cpu():
+        if x.dtype == "float32":
             return fused.DepthwiseConv.apply(x, self.weight, self.bias, self.dilation[0], residual)
         return x + super().execute(x) if residual else super().execute(x)
 

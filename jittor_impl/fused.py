@@ -1,7 +1,7 @@
-"""Layers as single CPU kernels, forward and backward: what Jittor would compile as dozens of operators.
+"""Layers as single kernels, forward and backward: what Jittor would compile as dozens of operators.
 
-Fewer operators are fewer minutes of compiling at the first run and fewer passes over memory at every other.
-aligned_nn.py calls these; the kernels are files under kernels/.
+Fewer operators are fewer minutes of compiling at the first run and fewer passes over memory at every other. The kernels are
+files under kernels/; all are for the CPU, that of the depthwise convolution for the GPU too.
 """
 from jittor_setup import jt
 from ops import launch
@@ -15,6 +15,8 @@ def call(headers, code, inputs, shapes, data):
 class DepthwiseConv(jt.Function):
     """x (B, C, H, W), weight (C, 1, K, K), bias (C,) or None -> (B, C, H, W), stride 1; plus x itself if residual."""
 
+    headers = ("lanes.h", "depthwise_cpu.h"), ("cuda_launch.h", "depthwise_cuda.h")
+
     def execute(self, x, weight, bias, dilation, residual):
         self.x, self.weight, self.has_bias, self.residual = x, weight, bias is not None, residual
         self.data = dict(zip(("B", "C", "H", "W"), x.shape), K=weight.shape[2], dilation=dilation)
@@ -23,17 +25,20 @@ class DepthwiseConv(jt.Function):
 
     def grad(self, grad_y):
         grad_x = self.convolve([grad_y, self.weight], "nullptr", flip=True)
-        shapes = [self.weight.shape] + ([(self.data["C"],)] if self.has_bias else [])
-        grads = call(("lanes.h", "depthwise_cpu.h"),
-                     f"overlock::depthwise_grad_weight(in0_p, in1_p, out0_p, {'out1_p' if self.has_bias else 'nullptr'}, "
-                     "$B, $C, $H, $W, $K, $dilation);", [self.x, grad_y], shapes, self.data)
+        C, taps, chunks = self.data["C"], self.data["K"]**2, min(self.data["B"], 16)
+        # On a GPU a third output is the kernel's scratch memory.
+        shapes = [self.weight.shape, (C if self.has_bias else 0,)] + ([(chunks, C, taps + 1)] if jt.flags.use_cuda else [])
+        bias = "out1_p" if self.has_bias else "nullptr"
+        code = f"overlock::depthwise_grad_weight(in0_p, in1_p, out0_p, {bias}, "
+        grads = launch(self.headers, (f"{code}$B, $C, $H, $W, $K, $dilation);",
+                                      f"{code}out2_p, $B, $C, $H, $W, $K, $dilation, $chunks, 0);"),
+                       [self.x, grad_y], shapes, {**self.data, "chunks": chunks})
         return grad_x, grads[0], grads[1] if self.has_bias else None, None, None
 
     def convolve(self, inputs, bias, flip):
         data = {**self.data, "residual": int(self.residual), "flip": int(flip)}
-        return call(("lanes.h", "depthwise_cpu.h"),
-                    f"overlock::depthwise(in0_p, in1_p, {bias}, out0_p, $B, $C, $H, $W, $K, $dilation, "
-                    "$residual, $flip);", inputs, [self.x.shape], data)[0]
+        code = f"overlock::depthwise(in0_p, in1_p, {bias}, out0_p, $B, $C, $H, $W, $K, $dilation, $residual, $flip"
+        return launch(self.headers, (f"{code});", f"{code}, 0);"), inputs, [self.x.shape], data)[0]
 
 
 def merged_depthwise(x, branches):

@@ -60,7 +60,7 @@ class NA2dAV(jt.Function):
 
     def run(self, kernel, a, b, out_shape):
         call = f"overlock::{kernel}(in0_p, in1_p, out0_p, $N, $H, $W, $K, $dim"
-        headers = ("neighbourhood.h", "lanes.h", "product.h", "na2d_av_cpu.h"), ("neighbourhood.h", "na2d_av_cuda.h")
+        headers = ("neighbourhood.h", "lanes.h", "product.h", "na2d_av_cpu.h"), ("neighbourhood.h", "cuda_launch.h", "na2d_av_cuda.h")
         return launch(headers, (f"{call});", f"{call}, 0);"), [a, b], [out_shape], self.data)[0]
 
 

@@ -121,8 +121,21 @@ def test_cuda_kernels_compile(impl, tmp_path):
     if not nvcc:
         pytest.skip("no nvcc on this machine")
     source = tmp_path / "kernels.cu"
-    source.write_text('#include "neighbourhood.h"\n#include "na2d_av_cuda.h"\n')
+    headers = ("neighbourhood.h", "cuda_launch.h", "na2d_av_cuda.h", "depthwise_cuda.h")
+    source.write_text("".join(f'#include "{header}"\n' for header in headers))
     command = [nvcc, "-std=c++14", "-c", "-I", str(impl.ops.KERNELS), "-gencode", "arch=compute_80,code=sm_80",
                "-gencode", "arch=compute_90,code=sm_90", "-o", str(tmp_path / "kernels.o"), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_cuda_kernels_on_a_cpu(impl, tmp_path):
+    """Thread by thread, the CUDA kernels compute what the CPU kernels do: their logic is tested where there is no GPU."""
+    if impl.name != "jittor":
+        pytest.skip("only jittor_impl has kernels of its own")
+    program = tmp_path / "cuda_on_cpu"
+    command = ["g++", "-std=c++14", "-O1", "-march=native", "-fopenmp", "-pthread", "-I", str(impl.ops.KERNELS),
+               str(Path(__file__).parent / "cuda_on_cpu.cc"), "-o", str(program)]
+    subprocess.run(command, check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -1,6 +1,6 @@
 // na2d_av on the GPU, forward and both gradients; layouts and formulas as in na2d_av_cpu.h.
 // One thread computes one number and nothing is added atomically, so that a run can be repeated bit by bit.
-// Include neighbourhood.h before it: Jittor follows no relative #include.
+// Include neighbourhood.h and cuda_launch.h before it: Jittor follows no relative #include.
 #pragma once
 #include <cstdint>
 
@@ -69,19 +69,22 @@ inline int blocks_for(int64_t total) {
 inline void na2d_av_forward(const float* attn, const float* value, float* out,
                             int64_t N, int H, int W, int K, int dim, cudaStream_t stream) {
     const int64_t total = N * H * W * dim;
-    na2d_av_forward_kernel<<<blocks_for(total), THREADS, 0, stream>>>(attn, value, out, total, H, W, K, dim);
+    OVERLOCK_LAUNCH(na2d_av_forward_kernel, blocks_for(total), THREADS, 0, stream,
+                    attn, value, out, total, H, W, K, dim);
 }
 
 inline void na2d_av_grad_attn(const float* grad_out, const float* value, float* grad_attn,
                               int64_t N, int H, int W, int K, int dim, cudaStream_t stream) {
     const int64_t total = N * H * W * K * K;
-    na2d_av_grad_attn_kernel<<<blocks_for(total), THREADS, 0, stream>>>(grad_out, value, grad_attn, total, H, W, K, dim);
+    OVERLOCK_LAUNCH(na2d_av_grad_attn_kernel, blocks_for(total), THREADS, 0, stream,
+                    grad_out, value, grad_attn, total, H, W, K, dim);
 }
 
 inline void na2d_av_grad_value(const float* attn, const float* grad_out, float* grad_value,
                                int64_t N, int H, int W, int K, int dim, cudaStream_t stream) {
     const int64_t total = N * H * W * dim;
-    na2d_av_grad_value_kernel<<<blocks_for(total), THREADS, 0, stream>>>(attn, grad_out, grad_value, total, H, W, K, dim);
+    OVERLOCK_LAUNCH(na2d_av_grad_value_kernel, blocks_for(total), THREADS, 0, stream,
+                    attn, grad_out, grad_value, total, H, W, K, dim);
 }
 
 }  // namespace overlock
