@@ -102,6 +102,7 @@ def draw(folder):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, (name, label) in enumerate(LABELS.items()):
         path = folder / name / "log.csv"
@@ -114,8 +115,8 @@ def draw(folder):
                       linewidth=3 if name == "none" else 1.3, color=f"C{i}", zorder=3 if name == "none" else 2)
     for axes, title in zip(panels, ("main loss in training", "top-1 accuracy")):
         axes.set(title=title, xlabel="epoch")
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    panels[0].legend()
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(folder / "ablation.png", dpi=150)
     print(f"written: {folder / 'ablation.png'}")
 
