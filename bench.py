@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 CONTESTANTS = ("jittor", "torch", "natten")
-STEPS = ("training step", "inference")
+STEPS = ("training step", "inference", "merged inference")  # merged: after reparam() in both frameworks
 # variant, image side, batch sizes
 MODELS = [("overlock_xxt", 64, (64, 16)), ("overlock_xt", 224, (8, 2))]
 # na2d_av: (batch, heads, height, width, dim), kernel: what XXT at 64 and XT at 224 pixels use, then large maps
@@ -80,7 +80,7 @@ def measure(step, seconds):
     return times
 
 
-def bench_model(f, variant, side, batch, training):
+def bench_model(f, kind, variant, side, batch):
     import numpy as np
     import train
     model = f.models.OverLoCK(**f.models.VARIANTS[variant], num_classes=20)
@@ -88,6 +88,12 @@ def bench_model(f, variant, side, batch, training):
     images = generator.standard_normal((batch, 3, side, side)).astype(np.float32)
     labels = generator.integers(0, 20, batch)
     args = train.make_parser().parse_args([])
+    training = kind == "training step"
+    model.train() if training else model.eval()
+    if kind == "merged inference":
+        model.reparam()
+    if not f.jittor:
+        model = model.to(memory_format=f.torch.channels_last)
     optimizer = train.make_optimizer(model, args)
     if f.jittor:
         def step():
@@ -101,7 +107,6 @@ def bench_model(f, variant, side, batch, training):
             with f.jt.no_grad():
                 model(f.jt.array(images)).numpy()
     else:
-        model = model.to(memory_format=f.torch.channels_last)
         images = f.torch.from_numpy(images).contiguous(memory_format=f.torch.channels_last)
         target = f.torch.from_numpy(labels)
 
@@ -116,7 +121,6 @@ def bench_model(f, variant, side, batch, training):
         def infer():
             with f.torch.no_grad():
                 model(images)
-    model.train() if training else model.eval()
     return measure(step if training else infer, 6)
 
 
@@ -154,7 +158,7 @@ def worker(contestant, task):
     kind, *arguments = task
     f = Framework(contestant)
     if kind in STEPS:
-        times = bench_model(f, *arguments, training=kind == "training step")
+        times = bench_model(f, *task)
     elif kind == "data loading":
         times = bench_loading(f, *arguments)
     else:
@@ -184,6 +188,8 @@ def work(task):
         from torch.utils.flop_counter import FlopCounterMode
         variant, side, batch = arguments
         model = models.OverLoCK(**models.VARIANTS[variant], num_classes=20).eval()
+        if kind == "merged inference":
+            model.reparam()
         moved = sum(p.numel() for p in model.parameters()) * 4
         hooks = [m.register_forward_hook(lambda _, i, o: sizes.append(4 * o.numel()))
                  for m in model.modules() if not list(m.children())]
@@ -204,7 +210,10 @@ def work(task):
     if kind == "na2d_av":
         weights = size // shape[4] * kernel**2
         return 3 * size * kernel**2, 4 * (3 * weights + 5 * size)
-    return (3 * size * kernel**2, 4 * 5 * size) if kind == "depthwise" else (8 * size, 4 * 5 * size)
+    # A window's taps that fall on the map, in all pixels together; a product with padding can be saved.
+    taps = [sum(min(i + kernel // 2, n - 1) - max(i - kernel // 2, 0) + 1 for i in range(n)) for n in shape[2:]]
+    products = size // (shape[2] * shape[3]) * taps[0] * taps[1]
+    return (3 * products, 4 * 5 * size) if kind == "depthwise" else (8 * size, 4 * 5 * size)
 
 
 def tasks():
@@ -212,6 +221,7 @@ def tasks():
         for batch in batches:
             yield "training step", variant, side, batch
             yield "inference", variant, side, batch
+            yield "merged inference", variant, side, batch
     yield "data loading", 64, 64
     for shape, kernel in WINDOWS:
         yield "na2d_av", shape, kernel
@@ -244,9 +254,12 @@ def first_step(python, implementation, home):
     task = ["training step", "overlock_xxt", 64, 64]
     code = (f"import sys; sys.argv = ['bench.py']; sys.path.insert(0, {str(ROOT)!r})\n"
             "import bench; bench.measure = lambda step, seconds: step()\n"
-            f"bench.bench_model(bench.Framework({implementation!r}), *{task[1:]!r}, training=True)")
+            f"bench.bench_model(bench.Framework({implementation!r}), *{task!r})")
     start = time.perf_counter()
-    subprocess.run([python, "-c", code], check=True, capture_output=True, env={**os.environ, "HOME": str(home)})
+    environment = {name: value for name, value in os.environ.items() if name != "JITTOR_HOME"}  # goes before HOME
+    result = subprocess.run([python, "-c", code], capture_output=True, text=True, env={**environment, "HOME": str(home)})
+    if result.returncode != 0:
+        sys.exit(f"bench.py: error: {implementation} failed at its first step: {(result.stderr.strip() or '?').splitlines()[-1]}")
     return time.perf_counter() - start
 
 

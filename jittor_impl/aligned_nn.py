@@ -23,6 +23,8 @@ class Conv2d(nn.Conv2d):
     def execute(self, x):
         (k, k2), (d, d2) = self.kernel_size, self.dilation
         keeps_size = k == k2 and d == d2 and k % 2 == 1 and self.stride == (1, 1) and self.padding == (d * (k // 2),) * 2
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"Conv2d of {self.in_channels} channels got {x.shape[1]}, shape {tuple(x.shape)}")
         if self.is_depthwise_conv and keeps_size:
             return self.depthwise(x, residual=False)
         (stride, s2), (padding, p2) = self.stride, self.padding
@@ -32,7 +34,7 @@ class Conv2d(nn.Conv2d):
 
     def depthwise(self, x, residual):
         """The depthwise convolution of x, plus x itself if `residual`; for an odd square kernel that keeps the size."""
-        if x.dtype == "float32":
+        if x.dtype == "float32" and (on_cpu() or fused.fits_gpu(self.kernel_size[0], self.dilation[0])):
             return fused.DepthwiseConv.apply(x, self.weight, self.bias, self.dilation[0], residual)
         return x + super().execute(x) if residual else super().execute(x)
 

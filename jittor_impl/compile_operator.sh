@@ -1,8 +1,6 @@
 #!/bin/sh
-# Runs a compiler for Jittor: compile_operator.sh PYTHON SCRIPT ARGUMENTS. Where SCRIPT is asm_tuner.py, with arguments
-# --cc_path="g++" source flags..., which would start a Python that compiles in steps, the compiler is run at once.
-python=$1
-shift
+# Runs a compiler for Jittor: compile_operator.sh SCRIPT ARGUMENTS, in place of Python. Where SCRIPT is asm_tuner.py, with
+# arguments --cc_path="g++" source flags..., which would compile in steps, the compiler is run at once.
 case $1 in
 *asm_tuner.py)
     compiler=${2#--cc_path=}
@@ -10,6 +8,6 @@ case $1 in
     exec "$compiler" "$@"
     ;;
 *)
-    exec "$python" "$@"
+    exec "$OVERLOCK_PYTHON" "$@"
     ;;
 esac

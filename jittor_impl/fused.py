@@ -26,8 +26,8 @@ class DepthwiseConv(jt.Function):
     def grad(self, grad_y):
         grad_x = self.convolve([grad_y, self.weight], "nullptr", flip=True)
         C, taps, chunks = self.data["C"], self.data["K"]**2, min(self.data["B"], 16)
-        # On a GPU a third output is the kernel's scratch memory.
-        shapes = [self.weight.shape, (C if self.has_bias else 0,)] + ([(chunks, C, taps + 1)] if jt.flags.use_cuda else [])
+        # The third output is scratch memory of the GPU's kernel.
+        shapes = [self.weight.shape, (C if self.has_bias else 0,), (chunks, C, taps + 1)]
         bias = "out1_p" if self.has_bias else "nullptr"
         code = f"overlock::depthwise_grad_weight(in0_p, in1_p, out0_p, {bias}, "
         grads = launch(self.headers, (f"{code}$B, $C, $H, $W, $K, $dilation);",
@@ -39,6 +39,12 @@ class DepthwiseConv(jt.Function):
         data = {**self.data, "residual": int(self.residual), "flip": int(flip)}
         code = f"overlock::depthwise(in0_p, in1_p, {bias}, out0_p, $B, $C, $H, $W, $K, $dilation, $residual, $flip"
         return launch(self.headers, (f"{code});", f"{code}, 0);"), inputs, [self.x.shape], data)[0]
+
+
+def fits_gpu(kernel_size, dilation):
+    """Whether the GPU's depthwise kernel takes it: 512 sums and 48 KiB of shared memory to a block (depthwise_cuda.h)."""
+    side = 16 + 2 * dilation * (kernel_size // 2)
+    return kernel_size**2 + 1 <= 512 and 4 * (side**2 + 512) <= 48 * 1024
 
 
 def merged_depthwise(x, branches):
@@ -68,6 +74,8 @@ class DenseConv(jt.Function):
         self.data = {"B": B, "C": C, "H": H, "W": W, "O": O, "K": K, "L": L,
                      "stride": stride, "padding": padding, "dilation": dilation}
         shape = (B, O, *((n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in ((H, K), (W, L))))
+        if min(shape[2:]) < 1:
+            raise ValueError(f"Conv2d: a map of {H}x{W} with padding {padding} is smaller than the kernel of {K}x{L}")
         inputs = [x, weight] + ([bias] if self.has_bias else [])
         return self.run(f"convolution(in0_p, in1_p, {'in2_p' if self.has_bias else 'nullptr'}, out0_p", inputs, [shape])[0]
 

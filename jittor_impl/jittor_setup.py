@@ -149,7 +149,9 @@ def compile_operators_faster(jittor, cache):
         return
     folder = Path(__file__).resolve().parent
     # asm_tuner.py swaps the stores of large loops for ones that bypass the cache, which no step of ours gains from.
-    jittor.flags.python_path = f"sh '{folder / 'compile_operator.sh'}' '{sys.executable}'"
+    # Jittor reads every file that the command names to see whether it changed, so Python is not named there.
+    jittor.flags.python_path = f"sh '{folder / 'compile_operator.sh'}'"
+    os.environ["OVERLOCK_PYTHON"] = sys.executable
     flags, source = jittor.flags.cc_flags, (folder / "operator_headers.h").read_text()
     header = Path(cache) / f"operators-{hashlib.sha1((flags + source).encode()).hexdigest()[:16]}.h"
     compiled, temporary = Path(f"{header}.gch"), Path(f"{header}.{os.getpid()}")
@@ -161,7 +163,8 @@ def compile_operators_faster(jittor, cache):
         command = [jittor.flags.cc_path, *options, "-x", "c++-header", header, "-o", temporary]
         if subprocess.run(command, capture_output=True).returncode == 0:
             os.replace(temporary, compiled)
-    jittor.flags.cc_flags = f" -include'{header}' {flags}"
+    if compiled.exists():
+        jittor.flags.cc_flags = f" -include'{header}' {flags}"
 
 
 def import_jittor():

@@ -2,7 +2,9 @@
 #define JIT 1
 #define JIT_cpu 1
 #include <assert.h>
+#ifdef __AVX__
 #include <immintrin.h>
+#endif
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

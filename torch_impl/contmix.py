@@ -42,10 +42,14 @@ def contmix(query, key, proj, rpb1, rpb2, x):
         rpb1 (heads, 2*k1-1, 2*k1-1), rpb2 (heads, 2*k2-1, 2*k2-1): relative position biases; x (B, dim, H, W).
     Returns:
         (B, dim, H, W)
+    Raises:
+        ValueError: if the map is smaller than a kernel or the shapes do not fit together.
     """
     B, C, H, W = x.shape
     heads = rpb1.shape[0]
     k1, k2 = (rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2
+    if min(H, W) < max(k1, k2) or C % (2 * heads) or tuple(proj.weight.shape[:2]) != (k1**2 + k2**2, key.shape[2] * key.shape[3]):
+        raise ValueError(f"contmix: x {tuple(x.shape)}, key {tuple(key.shape)}, {heads} heads, kernels {k1} and {k2} do not fit")
     query = query.reshape(B, heads, -1, H * W).transpose(2, 3)  # (B, heads, H*W, dim/2/heads)
     key = key.reshape(B, heads, query.shape[3], -1)  # (B, heads, dim/2/heads, S*S)
     # The 1x1 convolution over the S*S affinities of a pixel is a linear map of the last axis, (k1² + k2², S*S).

@@ -83,7 +83,8 @@ class GRN(nn.Module):
 
     def forward(self, x):
         # As vector_norm, which is slow on channels-last maps: where a channel is 0, its norm's gradient is 0, not NaN.
-        gx = torch.sqrt(torch.clamp((x * x).sum((2, 3), keepdim=True), min=1e-30))  # (B, C, 1, 1)
+        wide = x.float() if x.dtype == torch.float16 else x  # where 1e-30 is 0 and 256 * 256 infinite
+        gx = torch.sqrt(torch.clamp((wide * wide).sum((2, 3), keepdim=True), min=1e-30)).to(x.dtype)  # (B, C, 1, 1)
         nx = gx / (gx.mean(dim=1, keepdim=True) + 1e-6)
         return (self.gamma * nx + 1) * x + self.beta
 

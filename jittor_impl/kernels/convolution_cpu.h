@@ -22,7 +22,8 @@ constexpr int TILE_COLS = 16;
 // A panel has `rows` rows, as many as channels * taps or more. Zeros fill the last panel.
 inline void pack(const Columns& g, const float* map, int64_t first, int count, int c, int channels, int rows, float* panels) {
     static const float zero = 0;
-    const int taps = g.taps(), pixels = g.rows * g.cols, plane = g.height * g.width;
+    const int taps = g.taps(), pixels = g.rows * g.cols;
+    const int64_t plane = (int64_t)g.height * g.width;
     for (int start = 0; start < count; start += TILE_COLS) {
         int image[TILE_COLS], y[TILE_COLS], x[TILE_COLS], at[TILE_COLS];
         const int64_t first_image = (first + start) / pixels;
