@@ -221,7 +221,9 @@ def test_align_names_a_broken_module(pythons, dataset, tmp_path):
 
 
 def test_align_with_a_wrong_name_or_size(pythons, dataset, tmp_path):
+    (tmp_path / "file").touch()
     for options, message in ((("--plant-fault", "nothing"), "nothing is not a ResDWConv"), (("-b", "64"), "larger than the training set"),
-                             (("--jittor-python", "/nowhere"), "no Python at /nowhere")):
+                             (("--jittor-python", "/nowhere"), "no Python at /nowhere"),
+                             (("--output", tmp_path / "file"), "give another --output")):
         result = align(pythons, dataset, tmp_path, *options)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr

@@ -253,3 +253,14 @@ np.savez(sys.argv[1], output["main"].numpy(), *[v.numpy() for v in [*grads, *par
 def test_other_types_are_refused():
     with pytest.raises(ValueError, match="float32"):
         grn(jt.zeros((1, 2, 3, 3)).float16(), jt.zeros((1, 2, 1, 1)), jt.zeros((1, 2, 1, 1)))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    """The kernels read what the shapes say, so wrong ones must not reach them."""
+    with pytest.raises(ValueError, match="3 channels got 4"):
+        Conv2d(3, 8, 3, padding=1)(jt.zeros((1, 4, 8, 8)))
+    with pytest.raises(ValueError, match="smaller than the kernel"):
+        Conv2d(3, 8, 3, stride=2)(jt.zeros((1, 3, 2, 2)))
+    with pytest.raises(ValueError, match="do not fit"):
+        contmix.contmix(jt.zeros((1, 8, 7, 7)), jt.zeros((1, 8, 7, 7)), Conv2d(49, 25 + 81, 1), jt.zeros((2, 9, 9)),
+                        jt.zeros((2, 17, 17)), jt.zeros((1, 16, 7, 7)))

@@ -199,3 +199,18 @@ def test_drop_path_drops_whole_samples_in_training_only(impl):
     assert set(np.unique(dropped)) == {0.0, 2.0} and (dropped == dropped[:, :1]).all()
     layer.eval()
     assert (impl.numpy(layer(ones)) == 1).all()
+
+
+def test_grn_in_half_precision(impl):
+    """A dead channel and values above 256 stay finite, forward and backward."""
+    if impl.name != "torch":
+        pytest.skip("jittor_impl computes in float32")
+    from layers import GRN
+    grn = GRN(2).half()
+    grn.gamma.data.fill_(1)
+    x = impl.torch.full((1, 2, 8, 8), 300.0, dtype=impl.torch.float16)
+    x[:, 1] = 0
+    x.requires_grad_()
+    out = grn(x)
+    (gradient,) = impl.torch.autograd.grad(out.float().sum(), x)
+    assert impl.torch.isfinite(out).all() and impl.torch.isfinite(gradient).all()

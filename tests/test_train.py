@@ -136,8 +136,9 @@ def test_interrupt_says_how_to_resume(impl, command, dataset, finished, tmp_path
 
 
 def test_interrupt_before_the_first_epoch_ends(impl, command, dataset, tmp_path):
-    options = [*SIZES, "--data-dir", dataset, "--epochs", 500, "--output", tmp_path]
-    assert "no epoch was finished" in interrupt_after(command, options, "overlock_xxt", group=True)
+    # A larger model in small steps: an epoch of XXT ends within the half second that interrupt_after waits.
+    options = [*SIZES, "-b", 2, "--model", "overlock_xt", "--data-dir", dataset, "--epochs", 500, "--output", tmp_path]
+    assert "no epoch was finished" in interrupt_after(command, options, "overlock_xt", group=True)
 
 
 def test_an_earlier_run_is_set_aside(impl, command, dataset, tmp_path):
