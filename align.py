@@ -13,8 +13,9 @@ Each framework runs in a process and an environment of its own and writes an .np
 Rungs 1 and 2 are equal or not. For 3 to 6 the reference is the PyTorch model in float64, and the yardstick is how far
 the same PyTorch model in float32 is from it: Jittor may be at most ten times as far for one array and three times for
 the mean over a rung. (A first AdamW step divides a gradient by its own size, so that a single array after it is a matter
-of chance where gradients are small: "step" is judged by its mean, "adamw" array by array.) For rung 7 the yardstick is PyTorch against PyTorch with every initial weight moved by one unit
-in the last place: Jittor's gap may be at most three times that gap at each step, both averaged over ten steps.
+of chance where gradients are small: "step" is judged by its mean, "adamw" array by array.) For rung 7 the yardstick is
+PyTorch against PyTorch with every initial weight moved by one unit in the last place: Jittor's gap may be at most three
+times that gap at each step, both averaged over ten steps.
 
 Prints a table, writes logs/alignment.csv and logs/alignment.png. Exits with status 1 if a limit is passed and names
 the first module that departs.
@@ -33,7 +34,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent
 EPS = float(np.finfo(np.float32).eps)
 ARRAY_LIMIT, RUNG_LIMIT, STEP_LIMIT, WINDOW = 10, 3, 3, 10
-LOSS_RATIO = 0.4
 STATISTICS = ("running_mean", "running_var")
 MERGED = re.compile(r"^evaluation .*(lk_origin|origin_bn|dil_conv_k\d+_\d+|dil_bn_k\d+_\d+)$")  # by Jittor's inference
 
@@ -61,11 +61,12 @@ def make_parser():
 
 
 class Jittor:
-    def __init__(self, _):
+    def __init__(self):
         import models
         import train
         from jittor_setup import jt
         self.jt, self.models, self.train = jt, models, train
+        self.defaults = train.make_parser().parse_args([])
 
     def array(self, images):
         return self.jt.array(images)
@@ -76,7 +77,7 @@ class Jittor:
     def numpy(self, x):
         return x.numpy()
 
-    def build(self, args, moved):
+    def build(self, args):
         model = self.models.OverLoCK(**self.models.VARIANTS[args.model], num_classes=args.num_classes, seed=args.seed)
         if args.plant_fault:
             from jittor import nn
@@ -111,12 +112,13 @@ class Jittor:
 
 
 class Torch:
-    def __init__(self, name):
+    def __init__(self, double, moved):
         import models
         import torch
         import train
         self.torch, self.models, self.train = torch, models, train
-        self.dtype = torch.float64 if name == "torch64" else torch.float32
+        self.defaults = train.make_parser().parse_args([])
+        self.dtype, self.moved = torch.float64 if double else torch.float32, moved
 
     def array(self, images):
         return self.torch.from_numpy(images).to(self.dtype)
@@ -127,9 +129,9 @@ class Torch:
     def numpy(self, x):
         return x.detach().numpy()
 
-    def build(self, args, moved):
+    def build(self, args):
         model = self.models.OverLoCK(**self.models.VARIANTS[args.model], num_classes=args.num_classes, seed=args.seed)
-        if moved:
+        if self.moved:
             generator = np.random.default_rng(args.seed)
             for parameter in model.parameters():
                 value = parameter.detach().numpy()
@@ -161,10 +163,14 @@ def resized(images, side):
     return np.ascontiguousarray(images[:, :, rows][:, :, :, cols])
 
 
-def batches(args):
-    """Training batches of one epoch after another, images (n, 3, side, side) and labels (n,), and no short ones."""
+def load_data(args):
+    """The training and the validation split."""
     from dataset import load
-    train, _ = load(args.data_dir, args.num_classes, args.train_per_class, 1, False)
+    return load(args.data_dir, args.num_classes, args.train_per_class, 1, False)
+
+
+def batches(args, train):
+    """Training batches of one epoch after another, images (n, 3, side, side) and labels (n,), and no short ones."""
     epoch = 0
     while True:
         epoch += 1
@@ -175,17 +181,16 @@ def batches(args):
 
 def loss_of(f, output, labels):
     main, aux = (f.train.cross_entropy(output[head], labels) for head in ("main", "aux"))
-    return main + LOSS_RATIO * aux
+    return main + f.defaults.aux_loss_ratio * aux
 
 
 def one_step(f, args):
     """Rungs 1 to 6: {"rung/name": array}, in order of execution."""
     from checkpoint import model_arrays, trainable
-    from dataset import load
     arrays = {}
-    model = f.build(args, moved=False)
+    model = f.build(args)
     arrays |= {f"weights/{name}": value.copy() for name, value in model_arrays(model).items()}
-    train, val = load(args.data_dir, args.num_classes, args.train_per_class, 1, False)
+    train, val = load_data(args)
     for epoch in (1, 2):
         for split, data in (("training", train.batches(args.batch_size, args.seed, epoch)), ("validation", val.batches(args.batch_size))):
             for i, (images, labels) in enumerate(data):
@@ -202,7 +207,7 @@ def one_step(f, args):
                     outputs[f"{key}, second call" if key in outputs else key] = array
         if name:
             f.record(module, store)
-    images, labels = next(batches(args))
+    images, labels = next(batches(args, train))
     images, labels = f.array(images), f.labels(labels)
     model.eval()
     with f.no_grad():
@@ -216,19 +221,20 @@ def one_step(f, args):
     parameters = trainable(model)
     gradients = f.gradients(loss, list(parameters.values()))
     arrays |= {f"gradients/{name}": f.numpy(value) for name, value in zip(parameters, gradients)}
-    optimizer = f.train.make_optimizer(model, f.train.make_parser().parse_args([]))
+    optimizer = f.train.make_optimizer(model, f.defaults)
     f.step(optimizer, loss)
     arrays |= {f"step/{name}": value for name, value in model_arrays(model).items() if not name.endswith("num_batches_tracked")}
     return arrays
 
 
-def many_steps(f, args, moved):
+def many_steps(f, args):
     """Rung 7: the loss before each step."""
-    model = f.build(args, moved)
+    model = f.build(args)
     model.train()
-    optimizer = f.train.make_optimizer(model, f.train.make_parser().parse_args([]))
+    train, _ = load_data(args)
+    optimizer = f.train.make_optimizer(model, f.defaults)
     losses = []
-    for (images, labels), _ in zip(batches(args), range(args.steps)):
+    for (images, labels), _ in zip(batches(args, train), range(args.steps)):
         loss = loss_of(f, model(f.array(images)), f.labels(labels))
         f.step(optimizer, loss)
         losses.append(loss.item())
@@ -238,13 +244,13 @@ def many_steps(f, args, moved):
 def worker(args):
     framework, task, path = args.worker
     sys.path.insert(0, str(ROOT / ("jittor_impl" if framework == "jittor" else "torch_impl")))
-    f = Jittor(framework) if framework == "jittor" else Torch(framework)
+    f = Jittor() if framework == "jittor" else Torch(double=framework == "torch64", moved=task in ("moved", "write"))
     if task == "write":
         from checkpoint import model_arrays
         from safetensors.numpy import save_file
-        arrays = model_arrays(f.build(args, moved=True))
+        arrays = model_arrays(f.build(args))
         return save_file({f"model.{name}": np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}, path)
-    np.savez(path, **(one_step(f, args) if task == "one" else many_steps(f, args, moved=task == "moved")))
+    np.savez(path, **(one_step(f, args) if task == "one" else many_steps(f, args)))
 
 
 def run_worker(args, framework, task, path):
@@ -296,7 +302,7 @@ def determined(torch, reference):
 
 def adamw(arrays):
     """{name: parameter after a first step of AdamW from the weights and gradients in `arrays`}, in float64."""
-    lr, eps, decay = 1e-3, 1e-8, 0.01
+    lr, eps, decay = 1e-3, 1e-8, 0.01  # train.py's defaults
     weights = of_rung(arrays, "weights")
     return {name: weights[name] * (1 - lr * decay) - lr * g / (np.abs(g) + eps)
             for name, g in ((name, g.astype(np.float64)) for name, g in of_rung(arrays, "gradients").items())}

@@ -25,6 +25,7 @@ CONTESTANTS = ("jittor", "torch", "natten")
 STEPS = ("training step", "inference", "merged inference")  # merged: after reparam() in both frameworks
 # variant, image side, batch sizes
 MODELS = [("overlock_xxt", 64, (64, 16)), ("overlock_xt", 224, (8, 2))]
+LARGER_BATCH = {variant: batches[0] for variant, _, batches in MODELS}
 # na2d_av: (batch, heads, height, width, dim), kernel: what XXT at 64 and XT at 224 pixels use, then large maps
 WINDOWS = [((64, 4, 9, 9, 12), 9), ((64, 8, 7, 7, 8), 7), ((8, 8, 14, 14, 16), 13), ((8, 12, 7, 7, 14), 7),
            ((1, 8, 56, 56, 16), 13), ((1, 2, 200, 320, 16), 13)]
@@ -240,12 +241,16 @@ def describe(task):
     return f"{kind}, {shape}" + ("" if kind == "batch norm" else f", kernel {arguments[1]}")
 
 
+def fail(contestant, what, result):
+    sys.exit(f"bench.py: error: {contestant} failed at {what}: {(result.stderr.strip() or '?').splitlines()[-1]}")
+
+
 def run_worker(python, contestant, task):
     command = [python, __file__, "--worker", contestant, json.dumps(task)]
     result = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
-        sys.exit(f"bench.py: error: {contestant} failed at {describe(task)}: {(result.stderr.strip() or '?').splitlines()[-1]}")
+        fail(contestant, describe(task), result)
     return json.loads(lines[0][len("RESULT "):])
 
 
@@ -259,7 +264,7 @@ def first_step(python, implementation, home):
     environment = {name: value for name, value in os.environ.items() if name != "JITTOR_HOME"}  # goes before HOME
     result = subprocess.run([python, "-c", code], capture_output=True, text=True, env={**environment, "HOME": str(home)})
     if result.returncode != 0:
-        sys.exit(f"bench.py: error: {implementation} failed at its first step: {(result.stderr.strip() or '?').splitlines()[-1]}")
+        fail(implementation, "its first step", result)
     return time.perf_counter() - start
 
 
@@ -323,13 +328,17 @@ def main():
     print(f"written: {args.output / 'bench.csv'}, {args.output / 'bench.png'}")
 
 
+def uses_natten(task):
+    """Whether NATTEN takes a turn at `task`: the operator, and the models at their larger batch."""
+    return task[0] == "na2d_av" or task[0] in STEPS and task[3] == LARGER_BATCH[task[1]]
+
+
 def bench(task, pythons, rounds):
     """Let the contestants take turns at `task`. Returns a row of the table, its floor excepted."""
     times, peaks = {name: [] for name in pythons}, {}
     for _ in range(rounds):
         for name, python in pythons.items():
-            if name == "natten" and not (task[0] == "na2d_av" or task[0] in STEPS and task[3] == dict(
-                    (variant, batches[0]) for variant, _, batches in MODELS)[task[1]]):
+            if name == "natten" and not uses_natten(task):
                 continue
             result = run_worker(python, name, task)
             times[name] += result["times"]
@@ -340,7 +349,7 @@ def bench(task, pythons, rounds):
         quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [0, 0, 0]
         row[f"{name}_ms"] = statistics.median(values) if values else ""
         row[f"{name}_spread_ms"] = (quartiles[2] - quartiles[0]) / 2 if values else ""
-        row[f"{name}_images_per_s"] = task[3] / statistics.median(values) * 1e3 if values and task[0] in STEPS else ""
+        row[f"{name}_images_per_s"] = 1e3 * task[3] / row[f"{name}_ms"] if values and task[0] in STEPS else ""
         row[f"{name}_peak_mib"] = peaks.get(name, "")
     return row
 

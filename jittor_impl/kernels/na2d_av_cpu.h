@@ -107,15 +107,15 @@ inline void pad_pixels(const float* map, int64_t pixels, int dim, float* padded)
     }
 }
 
-// Runs work(n, i, scratch) for every row i of every map n.
+// Runs work(n, i, scratch, row) for every row i of every map n; scratch and row, of row_size floats, are the thread's own.
 template <typename Work>
-inline void for_rows(int64_t N, const Windows& windows, Work work) {
+inline void for_rows(int64_t N, const Windows& windows, int64_t row_size, Work work) {
     #pragma omp parallel
     {
-        std::vector<float> scratch(windows.scratch_size());
+        std::vector<float> scratch(windows.scratch_size()), row(row_size);
         #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < N; n++)
-            for (int i = 0; i < windows.H; i++) work(n, i, scratch.data());
+            for (int i = 0; i < windows.H; i++) work(n, i, scratch.data(), row.data());
     }
 }
 
@@ -131,21 +131,24 @@ struct PaddedMap {
     }
 };
 
-// (pixels, width) -> (pixels, dim)
-inline void unpad_row(const float* padded, int pixels, int dim, int width, float* out) {
-    for (int j = 0; j < pixels; j++) std::copy_n(padded + (int64_t)j * width, dim, out + (int64_t)j * dim);
+// Makes out (N, H, W, dim) row by row from map (N, H, W, dim): make_row(n, i, map n, row, width, scratch), with the channels of
+// both filled up to whole vectors, `width` floats.
+template <typename MakeRow>
+inline void for_padded_rows(int64_t N, const Windows& windows, int dim, const float* map, float* out, MakeRow make_row) {
+    const int width = whole_vectors(dim);
+    const int64_t pixels = (int64_t)windows.H * windows.W;
+    const PaddedMap padded(map, N * pixels, dim);
+    for_rows(N, windows, width == dim ? 0 : (int64_t)windows.W * width, [&](int64_t n, int i, float* scratch, float* row) {
+        float* target = out + (n * pixels + (int64_t)i * windows.W) * dim;
+        make_row(n, i, padded.data + n * pixels * width, width == dim ? target : row, width, scratch);
+        for (int j = 0; width != dim && j < windows.W; j++) std::copy_n(row + (int64_t)j * width, dim, target + (int64_t)j * dim);
+    });
 }
 
 inline void na2d_av_forward(const float* attn, const float* value, float* out, int64_t N, int H, int W, int K, int dim) {
     const Windows windows{H, W, K, K * K};
-    const int width = whole_vectors(dim);
-    const int64_t pixels = (int64_t)H * W;
-    const PaddedMap values(value, N * pixels, dim);
-    for_rows(N, windows, [&](int64_t n, int i, float* scratch) {
-        std::vector<float> rows(width == dim ? 0 : (int64_t)W * width);
-        float *row = out + (n * pixels + (int64_t)i * W) * dim, *target = width == dim ? row : rows.data();
-        windows.forward(i, attn + n * pixels * K * K, values.data + n * pixels * width, target, width, scratch);
-        if (width != dim) unpad_row(target, W, dim, width, row);
+    for_padded_rows(N, windows, dim, value, out, [&](int64_t n, int i, const float* map, float* row, int width, float* scratch) {
+        windows.forward(i, attn + n * H * W * K * K, map, row, width, scratch);
     });
 }
 
@@ -155,10 +158,8 @@ inline void na2d_av_grad_attn(const float* grad_out, const float* value, float* 
     const int64_t pixels = (int64_t)H * W, step = whole_vectors(pixels) + LANES;
     std::vector<float> value_t(N * dim * step);
     #pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < N; n++)
-        for (int64_t i = 0; i < pixels; i++)
-            for (int d = 0; d < dim; d++) value_t[(n * dim + d) * step + i] = value[(n * pixels + i) * dim + d];
-    for_rows(N, windows, [&](int64_t n, int i, float* scratch) {
+    for (int64_t n = 0; n < N; n++) transpose(value + n * pixels * dim, dim, pixels, dim, value_t.data() + n * dim * step, step);
+    for_rows(N, windows, 0, [&](int64_t n, int i, float* scratch, float*) {
         windows.grad_attn(i, grad_out + n * pixels * dim, value_t.data() + n * dim * step, step,
                           grad_attn + n * pixels * K * K, dim, dim, scratch);
     });
@@ -167,14 +168,8 @@ inline void na2d_av_grad_attn(const float* grad_out, const float* value, float* 
 inline void na2d_av_grad_value(const float* attn, const float* grad_out, float* grad_value,
                                int64_t N, int H, int W, int K, int dim) {
     const Windows windows{H, W, K, K * K};
-    const int width = whole_vectors(dim);
-    const int64_t pixels = (int64_t)H * W;
-    const PaddedMap grads(grad_out, N * pixels, dim);
-    for_rows(N, windows, [&](int64_t n, int y, float* scratch) {
-        std::vector<float> rows(width == dim ? 0 : (int64_t)W * width);
-        float *row = grad_value + (n * pixels + (int64_t)y * W) * dim, *target = width == dim ? row : rows.data();
-        windows.grad_value(y, attn + n * pixels * K * K, grads.data + n * pixels * width, target, width, scratch);
-        if (width != dim) unpad_row(target, W, dim, width, row);
+    for_padded_rows(N, windows, dim, grad_out, grad_value, [&](int64_t n, int y, const float* map, float* row, int width, float* scratch) {
+        windows.grad_value(y, attn + n * H * W * K * K, map, row, width, scratch);
     });
 }
 
