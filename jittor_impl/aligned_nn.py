@@ -17,23 +17,65 @@ def on_cpu():
     return not jt.flags.use_cuda
 
 
+def inferring(module):
+    """Whether `module` may run kernels for inference, which have no gradient: it is in evaluation mode under no_grad."""
+    return on_cpu() and not module.is_training() and jt.flags.no_grad
+
+
+class Sequential(nn.Sequential):
+    """torch.nn.Sequential. In inference a convolution takes the BatchNorm and the activation after it along."""
+
+    def execute(self, x):
+        if not inferring(self):
+            return super().execute(x)
+        layers = list(self.layers.values())
+        while layers:
+            layer = layers.pop(0)
+            if type(layer) is not Conv2d:
+                x = layer(x)
+                continue
+            norm = layers.pop(0) if layers and isinstance(layers[0], BatchNorm2d) else None
+            activation = layers.pop(0) if layers and isinstance(layers[0], (nn.GELU, nn.SiLU)) else None
+            x = layer.infer(x, norm, activation)
+        return x
+
+
 class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d. A depthwise one that keeps the map's size is a kernel of ours, a dense one is on the CPU."""
 
     def execute(self, x):
-        (k, k2), (d, d2) = self.kernel_size, self.dilation
-        keeps_size = k == k2 and d == d2 and k % 2 == 1 and self.stride == (1, 1) and self.padding == (d * (k // 2),) * 2
+        self.check(x)
+        if self.is_dense() and on_cpu():
+            return fused.DenseConv.apply(x, self.weight, self.bias, self.stride[0], self.padding[0], self.dilation[0])
+        return self.depthwise(x, residual=False) if self.keeps_size() else super().execute(x)
+
+    def infer(self, x, norm, activation):
+        """activation(norm(self(x))) in inference; a BatchNorm2d and an nn.GELU or nn.SiLU, or None."""
+        self.check(x)
+        if self.is_dense():
+            return fused.dense_norm(x, self, norm, activation)
+        if self.keeps_size() and self.dilation == (1, 1):
+            return fused.merged_depthwise(x, [(self, norm)], activation)
+        for layer in (self, norm, activation):
+            x = x if layer is None else layer(x)
+        return x
+
+    def check(self, x):
         if x.shape[1] != self.in_channels:
             raise ValueError(f"Conv2d of {self.in_channels} channels got {x.shape[1]}, shape {tuple(x.shape)}")
-        if self.is_depthwise_conv and keeps_size:
-            return self.depthwise(x, residual=False)
-        (stride, s2), (padding, p2) = self.stride, self.padding
-        if on_cpu() and self.groups == 1 and stride == s2 and padding == p2 and d == d2:
-            return fused.DenseConv.apply(x, self.weight, self.bias, stride, padding, d)
-        return super().execute(x)
+
+    def is_dense(self):
+        """Whether it is a convolution of our dense kernel: in one group, the same along both axes."""
+        return self.groups == 1 and all(a == b for a, b in (self.stride, self.padding, self.dilation))
+
+    def keeps_size(self):
+        """Whether it is a convolution of our depthwise kernel: depthwise, odd, the same along both axes, map to map."""
+        (k, k2), (d, d2) = self.kernel_size, self.dilation
+        return (self.is_depthwise_conv and k == k2 and d == d2 and k % 2 == 1
+                and self.stride == (1, 1) and self.padding == (d * (k // 2),) * 2)
 
     def depthwise(self, x, residual):
-        """The depthwise convolution of x, plus x itself if `residual`; for an odd square kernel that keeps the size."""
+        """The depthwise convolution of x, plus x itself if `residual`; for one that `keeps_size`."""
         if x.dtype == "float32" and (on_cpu() or fused.fits_gpu(self.kernel_size[0], self.dilation[0])):
             return fused.DepthwiseConv.apply(x, self.weight, self.bias, self.dilation[0], residual)
         return x + super().execute(x) if residual else super().execute(x)

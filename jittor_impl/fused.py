@@ -4,6 +4,7 @@ Fewer operators are fewer minutes of compiling at the first run and fewer passes
 files under kernels/; all are for the CPU, that of the depthwise convolution for the GPU too.
 """
 from jittor_setup import jt
+from jittor import nn
 from ops import launch
 
 
@@ -15,7 +16,7 @@ def call(headers, code, inputs, shapes, data):
 class DepthwiseConv(jt.Function):
     """x (B, C, H, W), weight (C, 1, K, K), bias (C,) or None -> (B, C, H, W), stride 1; plus x itself if residual."""
 
-    headers = ("lanes.h", "depthwise_cpu.h"), ("cuda_launch.h", "depthwise_cuda.h")
+    headers = ("lanes.h", "inference_cpu.h", "depthwise_cpu.h"), ("cuda_launch.h", "depthwise_cuda.h")
 
     def execute(self, x, weight, bias, dilation, residual):
         self.x, self.weight, self.has_bias, self.residual = x, weight, bias is not None, residual
@@ -47,35 +48,58 @@ def fits_gpu(kernel_size, dilation):
     return kernel_size**2 + 1 <= 512 and 4 * (side**2 + 512) <= 48 * 1024
 
 
-def merged_depthwise(x, branches):
-    """Sum of bn(conv(x)) over `branches`, pairs (depthwise convolution, BatchNorm), the largest first: as one convolution.
+# The activations that a convolution takes along in inference, as inference_cpu.h calls them.
+ACTIVATIONS = {nn.GELU: "overlock::GELU", nn.SiLU: "overlock::SILU", type(None): "overlock::IDENTITY"}
+
+
+def bias_and_norm(conv, norm, inputs):
+    """Append `conv`'s bias and the values of the BatchNorm `norm`, if there are, to `inputs`. Returns both in C++."""
+    def pointer(var):
+        inputs.append(var)
+        return f"in{len(inputs) - 1}_p"
+    bias = "nullptr" if conv.bias is None else pointer(conv.bias)
+    if norm is None:
+        return bias, "{}"
+    return bias, f"{{{', '.join(map(pointer, (norm.weight, norm.bias, norm.running_mean, norm.running_var)))}, {norm.eps}f}}"
+
+
+def merged_depthwise(x, branches, activation=None):
+    """activation(sum of norm(conv(x)) over `branches`), pairs (depthwise convolution that keeps the map's size, BatchNorm or
+    None), the one with the largest kernel first and not dilated: as one convolution.
 
     For inference: uses the running statistics and has no gradient.
     """
     inputs, code = [x], []
-    for conv, bn in branches:
-        pointers = ", ".join(f"in{len(inputs) + i}_p" for i in range(5))
-        code.append(f"{{{pointers}, {conv.kernel_size[0]}, {conv.dilation[0]}, {bn.eps}f}}")
-        inputs += [conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var]
+    for conv, norm in branches:
+        inputs.append(conv.weight)
+        weight = f"in{len(inputs) - 1}_p"
+        bias, norm = bias_and_norm(conv, norm, inputs)
+        code.append(f"{{{weight}, {bias}, {conv.kernel_size[0]}, {conv.dilation[0]}, {norm}}}")
     code = (f"overlock::Branch branches[] = {{{', '.join(code)}}};\n"
-            f"overlock::merged_depthwise(in0_p, branches, {len(branches)}, out0_p, $B, $C, $H, $W);")
-    return call(("lanes.h", "depthwise_cpu.h"), code, inputs, [x.shape], dict(zip(("B", "C", "H", "W"), x.shape)))[0]
+            f"overlock::merged_depthwise(in0_p, branches, {len(branches)}, {ACTIVATIONS[type(activation)]}, out0_p, $B, $C, $H, $W);")
+    return call(DepthwiseConv.headers[0], code, inputs, [x.shape], dict(zip(("B", "C", "H", "W"), x.shape)))[0]
+
+
+DENSE_HEADERS = "lanes.h", "product.h", "inference_cpu.h", "convolution_cpu.h"
+DENSE_GEOMETRY = "{$B, $C, $H, $W, $O, $K, $L, $stride, $padding, $dilation}"
+
+
+def dense_geometry(x, weight, stride, padding, dilation):
+    """The numbers of DENSE_GEOMETRY, and the shape of the output. Raises ValueError if the map is too small."""
+    (B, C, H, W), (O, _, K, L) = x.shape, weight.shape
+    shape = (B, O, *((n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in ((H, K), (W, L))))
+    if min(shape[2:]) < 1:
+        raise ValueError(f"Conv2d: a map of {H}x{W} with padding {padding} is smaller than the kernel of {K}x{L}")
+    return {"B": B, "C": C, "H": H, "W": W, "O": O, "K": K, "L": L,
+            "stride": stride, "padding": padding, "dilation": dilation}, shape
 
 
 class DenseConv(jt.Function):
     """x (B, C, H, W), weight (O, C, K, L), bias (O,) or None -> (B, O, H', W'), as torch's conv2d with one group."""
 
-    geometry = "{$B, $C, $H, $W, $O, $K, $L, $stride, $padding, $dilation}"
-
     def execute(self, x, weight, bias, stride, padding, dilation):
-        B, C, H, W = x.shape
-        O, _, K, L = weight.shape
         self.x, self.weight, self.has_bias = x, weight, bias is not None
-        self.data = {"B": B, "C": C, "H": H, "W": W, "O": O, "K": K, "L": L,
-                     "stride": stride, "padding": padding, "dilation": dilation}
-        shape = (B, O, *((n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in ((H, K), (W, L))))
-        if min(shape[2:]) < 1:
-            raise ValueError(f"Conv2d: a map of {H}x{W} with padding {padding} is smaller than the kernel of {K}x{L}")
+        self.data, shape = dense_geometry(x, weight, stride, padding, dilation)
         inputs = [x, weight] + ([bias] if self.has_bias else [])
         return self.run(f"convolution(in0_p, in1_p, {'in2_p' if self.has_bias else 'nullptr'}, out0_p", inputs, [shape])[0]
 
@@ -87,7 +111,16 @@ class DenseConv(jt.Function):
         return *grad_x, *grads, *[None] * (4 - self.has_bias)
 
     def run(self, code, inputs, shapes):
-        return call(("lanes.h", "product.h", "convolution_cpu.h"), f"overlock::{code}, {self.geometry});", inputs, shapes, self.data)
+        return call(DENSE_HEADERS, f"overlock::{code}, {DENSE_GEOMETRY});", inputs, shapes, self.data)
+
+
+def dense_norm(x, conv, norm, activation):
+    """activation(norm(conv(x))), norm a BatchNorm or None: for inference, like `merged_depthwise`."""
+    data, shape = dense_geometry(x, conv.weight, conv.stride[0], conv.padding[0], conv.dilation[0])
+    inputs = [x, conv.weight]
+    bias, norm = bias_and_norm(conv, norm, inputs)
+    code = f"overlock::convolution_norm(in0_p, in1_p, {bias}, {norm}, {ACTIVATIONS[type(activation)]}, out0_p, {DENSE_GEOMETRY});"
+    return call(DENSE_HEADERS, code, inputs, [shape], data)[0]
 
 
 class ContMix(jt.Function):
@@ -102,8 +135,10 @@ class ContMix(jt.Function):
         self.data = {"B": B, "heads": heads, "H": H, "W": W, "regions": key.shape[2] * key.shape[3],
                      "query_dim": query.shape[1] // heads, "value_dim": C // (2 * heads), "K1": K1, "K2": K2}
         inputs = [query, key, proj_weight, proj_bias, rpb1, rpb2, x]
-        out, attn = self.run("contmix(in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, in6_p, out0_p, out1_p", inputs,
-                             [x.shape, (B, heads, H, W, K1**2 + K2**2)])
+        code = "contmix(in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, in6_p, out0_p, "
+        if jt.flags.no_grad:
+            return self.run(f"{code}nullptr", inputs, [x.shape])[0]
+        out, attn = self.run(f"{code}out1_p", inputs, [x.shape, (B, heads, H, W, K1**2 + K2**2)])
         self.saved = query, key, proj_weight, x, attn
         self.shapes = [v.shape for v in inputs]
         return out

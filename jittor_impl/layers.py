@@ -2,8 +2,8 @@
 import fused
 from jittor_setup import jt
 from jittor import nn
-from aligned_nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, LayerNorm
-from aligned_nn import channel_norm, grn, on_cpu
+from aligned_nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, LayerNorm, Sequential
+from aligned_nn import channel_norm, grn, inferring
 
 # (kernel size, dilation) of the parallel branches beside a large kernel (UniRepLKNet, arXiv 2311.15599, section 3.1).
 DILATED_BRANCHES = {
@@ -38,7 +38,7 @@ class SEModule(nn.Module):
     def __init__(self, dim, reduction=8):
         super().__init__()
         inner_dim = max(16, dim // reduction)
-        self.proj = nn.Sequential(
+        self.proj = Sequential(
             AdaptiveAvgPool2d(1),
             Conv2d(dim, inner_dim, kernel_size=1),
             nn.GELU(),
@@ -120,7 +120,7 @@ class DilatedReparamBlock(nn.Module):
     def execute(self, x):
         if not self.branches:
             return self.lk_origin(x)
-        if on_cpu() and not self.is_training() and jt.flags.no_grad:
+        if inferring(self):
             names = [(f"dil_conv_k{k}_{r}", f"dil_bn_k{k}_{r}") for k, r in self.branches]
             branches = [(getattr(self, conv), getattr(self, bn)) for conv, bn in [("lk_origin", "origin_bn"), *names]]
             return fused.merged_depthwise(x, branches)

@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 from jittor_setup import jt
 from jittor import nn
-from aligned_nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d
+from aligned_nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Sequential
 from aligned_nn import adaptive_avg_pool2d, interpolate
 
 from contmix import contmix
@@ -39,7 +39,7 @@ VARIANTS = {
 
 def stem(in_chans, embed_dim):
     """(B, in_chans, H, W) -> (B, embed_dim, H/4, W/4)."""
-    return nn.Sequential(
+    return Sequential(
         Conv2d(in_chans, embed_dim // 2, kernel_size=3, stride=2, padding=1, bias=False),
         BatchNorm2d(embed_dim // 2),
         nn.GELU(),
@@ -56,7 +56,7 @@ def stem(in_chans, embed_dim):
 
 def downsample(in_dim, out_dim):
     """(B, in_dim, H, W) -> (B, out_dim, H/2, W/2)."""
-    return nn.Sequential(
+    return Sequential(
         Conv2d(in_dim, out_dim, kernel_size=3, stride=2, padding=1, bias=False),
         BatchNorm2d(out_dim),
     )
@@ -81,7 +81,7 @@ class RepConvBlock(nn.Module):
         super().__init__()
         mlp_dim = int(dim * mlp_ratio)
         self.dwconv = ResDWConv(dim)
-        self.proj = nn.Sequential(
+        self.proj = Sequential(
             LayerNorm2d(dim),
             DilatedReparamBlock(dim, kernel_size, deploy),
             BatchNorm2d(dim),
@@ -125,44 +125,44 @@ class DynamicConvBlock(nn.Module):
             self.h_scale = LayerScale(ctx_dim, 1)
         self.dwconv1 = ResDWConv(out_dim)
         self.norm1 = LayerNorm2d(out_dim)
-        self.fusion = nn.Sequential(
+        self.fusion = Sequential(
             Conv2d(out_dim, out_dim, kernel_size=3, padding=1, groups=out_dim),
             BatchNorm2d(out_dim),
             nn.GELU(),
             Conv2d(out_dim, dim, kernel_size=1),
             GRN(dim),
         )
-        self.weight_query = nn.Sequential(
+        self.weight_query = Sequential(
             Conv2d(dim, dim // 2, kernel_size=1, bias=False),
             BatchNorm2d(dim // 2),
         )
-        self.weight_key = nn.Sequential(
+        self.weight_key = Sequential(
             AdaptiveAvgPool2d(7),
             Conv2d(ctx_dim, dim // 2, kernel_size=1, bias=False),
             BatchNorm2d(dim // 2),
         )
         self.weight_proj = Conv2d(7 * 7, kernel_size**2 + smk_size**2, kernel_size=1)
-        self.dyconv_proj = nn.Sequential(
+        self.dyconv_proj = Sequential(
             Conv2d(dim, dim, kernel_size=1, bias=False),
             BatchNorm2d(dim),
         )
-        self.lepe = nn.Sequential(
+        self.lepe = Sequential(
             DilatedReparamBlock(dim, kernel_size, deploy),
             BatchNorm2d(dim),
         )
         self.se_layer = SEModule(dim)
-        self.gate = nn.Sequential(
+        self.gate = Sequential(
             Conv2d(dim, dim, kernel_size=1, bias=False),
             BatchNorm2d(dim),
             nn.SiLU(),
         )
-        self.proj = nn.Sequential(
+        self.proj = Sequential(
             BatchNorm2d(dim),
             Conv2d(dim, out_dim, kernel_size=1),
         )
         self.dwconv2 = ResDWConv(out_dim)
         self.norm2 = LayerNorm2d(out_dim)
-        self.mlp = nn.Sequential(
+        self.mlp = Sequential(
             Conv2d(out_dim, mlp_dim, kernel_size=1),
             nn.GELU(),
             ResDWConv(mlp_dim),
@@ -253,12 +253,12 @@ class OverLoCK(nn.Module):
                                  sub_mlp_ratio[i - 2], ls_init_value[i], next(drop_path),
                                  is_first=i == 2 and j == 0, is_last=i == 3 and j == last, deploy=deploy)
                 for j in range(last + 1)]))
-        self.aux_head = nn.Sequential(
+        self.aux_head = Sequential(
             BatchNorm2d(embed_dim[3]),
             AdaptiveAvgPool2d(1),
             Conv2d(embed_dim[3], num_classes, kernel_size=1) if num_classes > 0 else nn.Identity(),
         )
-        self.head = nn.Sequential(
+        self.head = Sequential(
             Conv2d(embed_dim[3] + ctx_dim, projection, kernel_size=1, bias=False),
             BatchNorm2d(projection),
             nn.SiLU(),

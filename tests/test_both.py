@@ -210,7 +210,8 @@ def test_align_finds_the_frameworks_alike(pythons, dataset, tmp_path):
     names = set(table.name[table.rung == "forward"])
     blocks = [f"blocks{i}.{j}" for i, depth in enumerate((1, 1, 2, 1), 1) for j in range(depth)]
     blocks += ["sub_blocks3.0", "sub_blocks3.2", "sub_blocks3.0[1]", "sub_blocks4.0", "head"]
-    assert {f"{mode} {block}" for mode in ("training", "evaluation") for block in blocks} <= names
+    assert {f"{mode} {block}" for mode in ("training", "evaluation", "inference") for block in blocks} <= names
+    assert "evaluation blocks1.0.proj.1.dil_bn_k3_5" in names  # only inference merges branches
     assert "training aux_head" in names and (tmp_path / "alignment.png").stat().st_size > 10000
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import ops
 import pytest
 from adamw import AdamW
-from aligned_nn import Conv2d, grn
+from aligned_nn import BatchNorm2d, Conv2d, Sequential, grn
 from jittor_setup import jt
-from layers import DilatedReparamBlock
+from jittor import nn
+from layers import DilatedReparamBlock, ResDWConv
 
 
 def error(actual, expected):
@@ -172,6 +173,29 @@ def test_merged_branches_are_the_branches():
         merged = block(x).numpy()
     assert error(merged, block(x).numpy()) < 2e-6
     assert np.abs(jt.grad(block(x).sum(), [x])[0].numpy()).max() > 0
+
+
+@pytest.mark.parametrize("layers", [
+    lambda: [Conv2d(5, 9, 3, stride=2, padding=1, bias=False), BatchNorm2d(9), nn.GELU()],
+    lambda: [Conv2d(5, 14, 1), nn.GELU(), Conv2d(14, 5, 1), nn.SiLU()],
+    lambda: [Conv2d(5, 30, 3, padding=1), BatchNorm2d(30), nn.SiLU(), Conv2d(30, 3, 1)],
+    lambda: [Conv2d(5, 5, 3, padding=1, groups=5), BatchNorm2d(5), nn.GELU(), ResDWConv(5), BatchNorm2d(5), nn.GELU()],
+    lambda: [Conv2d(5, 5, 3, padding=2, dilation=2, groups=5, bias=False), BatchNorm2d(5), nn.GELU(), nn.Sigmoid()]])
+def test_convolutions_take_norm_and_activation_along(layers):
+    """In inference a Sequential is its layers, one after another, in fewer kernels; with gradients it has them."""
+    generator = np.random.default_rng(0)
+    sequential = Sequential(*layers())
+    for var in sequential.state_dict().values():
+        var.update(jt.array(generator.uniform(0.5, 1.5, var.shape).astype(np.float32)))
+    sequential.eval()
+    x = jt.array(generator.standard_normal((3, 5, 7, 5)).astype(np.float32))  # a tile of 16 columns ends within an image
+    one_by_one = x
+    for layer in sequential:
+        one_by_one = layer(one_by_one)
+    with jt.no_grad():
+        together = sequential(x).numpy()
+    assert error(together, one_by_one.numpy()) < 2e-6
+    assert np.abs(jt.grad(sequential(x).sum(), [x])[0].numpy()).max() > 0
 
 
 def test_adamw():

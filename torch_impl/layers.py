@@ -1,7 +1,7 @@
 """The layers that OverLoCK is built of. Shapes are (B, C, H, W) unless a comment says otherwise."""
 import torch
 from torch import nn
-from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, LayerNorm
+from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, LayerNorm, Sequential
 from torch.nn.functional import layer_norm
 
 # (kernel size, dilation) of the parallel branches beside a large kernel (UniRepLKNet, arXiv 2311.15599, section 3.1).
@@ -37,7 +37,7 @@ class SEModule(nn.Module):
     def __init__(self, dim, reduction=8):
         super().__init__()
         inner_dim = max(16, dim // reduction)
-        self.proj = nn.Sequential(
+        self.proj = Sequential(
             AdaptiveAvgPool2d(1),
             Conv2d(dim, inner_dim, kernel_size=1),
             nn.GELU(),

@@ -64,7 +64,7 @@ inline void softmax_backward(const float* a, float* grad, int n) {
     for (int k = 0; k < n; k++) grad[k] = a[k] * (grad[k] - dot);
 }
 
-// out (B, 2 * heads * value_dim, H, W) and, for the backward pass, attn (B, heads, H, W, kernels).
+// out (B, 2 * heads * value_dim, H, W) and, for the backward pass, attn (B, heads, H, W, kernels) unless null.
 // query (B, heads * query_dim, H, W), key (B, heads * query_dim, regions), proj (kernels, regions), bias (kernels),
 // rpb1 (heads, 2 * K1 - 1, 2 * K1 - 1), rpb2 likewise, x like out.
 inline void contmix(const float* query, const float* key, const float* proj, const float* bias, const float* rpb1,
@@ -77,13 +77,14 @@ inline void contmix(const float* query, const float* key, const float* proj, con
     #pragma omp parallel
     {
         ContMixScratch s(c);
+        std::vector<float> own(attn ? 0 : (int64_t)P * S);
         #pragma omp for collapse(2) schedule(static)
         for (int b = 0; b < c.B; b++)
             for (int head = 0; head < c.heads; head++) {
                 s.find_affinity(c, query + c.query(b, head), key + c.key(b, head));
                 product(s.affinity.data(), s.regions, 1, proj_t.data(), padded, start.data(), s.weights.data(), padded,
                         P, c.regions, padded);
-                float* weights = attn + c.attn(b, head);
+                float* weights = attn ? attn + c.attn(b, head) : own.data();
                 for (int i = 0; i < c.H; i++)
                     for (int j = 0; j < c.W; j++) {
                         const float* raw = s.weights.data() + (int64_t)(i * c.W + j) * padded;

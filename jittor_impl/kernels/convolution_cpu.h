@@ -1,5 +1,5 @@
 // Dense convolution on the CPU as a matrix product, forward and both gradients: any kernel, stride, padding, dilation.
-// Maps are (images, channels, height, width), contiguous float32. Include lanes.h and product.h before it.
+// Maps are (images, channels, height, width), contiguous float32. Include lanes.h, product.h and inference_cpu.h before it.
 // No atomics; sums are cut at fixed places, so the thread count changes no bit.
 #pragma once
 
@@ -60,10 +60,11 @@ struct Target {
     int channels, height, width, step, y, x;
 };
 
-// target = bias + matrix * columns. matrix(row, k): the product's other operand, row = channel of the target.
+// target = activation(bias + matrix * columns). matrix(row, k): the product's other operand, row = channel of the target.
+// An activation is for targets with step 1.
 template <typename Matrix>
 inline void columns_product(const Columns& g, const float* map, Matrix matrix, const float* bias,
-                            const Target& target, float* out) {
+                            const Target& target, float* out, Activation activation = IDENTITY) {
     const int depth = g.channels * g.taps(), row_panels = (target.channels + TILE_ROWS - 1) / TILE_ROWS;
     const int64_t columns = g.count(), plane = (int64_t)target.height * target.width;
     Scratch packed;  // row panel, k, 6 rows
@@ -90,7 +91,7 @@ inline void columns_product(const Columns& g, const float* map, Matrix matrix, c
                 place[j] = image * target.channels * plane + (pixel / g.cols * target.step + target.y) * target.width
                            + pixel % g.cols * target.step + target.x;
             }
-            for (int r = 0; r < target.channels; r += TILE_ROWS)
+            for (int r = 0; r < target.channels; r += TILE_ROWS) {
                 for (int start = 0; start < count; start += TILE_COLS) {
                     Lanes sum[TILE_ROWS][2];
                     for (int i = 0; i < TILE_ROWS; i++)
@@ -106,6 +107,12 @@ inline void columns_product(const Columns& g, const float* map, Matrix matrix, c
                         }
                     }
                 }
+                for (int j = 0, n; activation != IDENTITY && j < count; j += n) {  // n columns of one image
+                    n = std::min<int64_t>(count - j, plane - (first + j) % plane);
+                    for (int i = r; i < std::min(r + TILE_ROWS, target.channels); i++)
+                        activate(activation, out + i * plane + place[j], n);
+                }
+            }
         }
     }
 }
@@ -134,6 +141,20 @@ inline void convolution(const float* x, const float* weight, const float* bias, 
     const int depth = c.in_channels * g.taps();
     columns_product(g, x, [&](int r, int k) { return weight[(int64_t)r * depth + k]; }, bias,
                     {c.out_channels, c.out_height(), c.out_width(), 1, 0, 0}, y);
+}
+
+// The same in inference: a BatchNorm and an activation follow.
+inline void convolution_norm(const float* x, const float* weight, const float* bias, const Norm& norm, Activation activation,
+                             float* y, const Convolution& c) {
+    const Columns g = c.columns();
+    const int depth = c.in_channels * g.taps();
+    std::vector<float> scale(c.out_channels), shift(c.out_channels);
+    for (int r = 0; r < c.out_channels; r++) {
+        scale[r] = norm.scale(r);
+        shift[r] = norm.shift(r) + (bias ? bias[r] * scale[r] : 0);
+    }
+    columns_product(g, x, [&](int r, int k) { return weight[(int64_t)r * depth + k] * scale[r]; }, shift.data(),
+                    {c.out_channels, c.out_height(), c.out_width(), 1, 0, 0}, y, activation);
 }
 
 // Input pixels (y, x) of one remainder by the stride are reached by the same taps: one product for each remainder.

@@ -1,8 +1,7 @@
 // Depthwise convolution on the CPU, stride 1, padding that keeps the size, any odd kernel and dilation:
 // forward and both gradients. x, y (B, C, H, W), weight (C, K, K), bias (C), all contiguous float32.
-// Include lanes.h before it. No atomics; sums are cut at fixed places, so the thread count changes no bit.
+// Include lanes.h and inference_cpu.h before it. No atomics; sums are cut at fixed places, so the thread count changes no bit.
 #pragma once
-#include <cmath>
 
 namespace overlock {
 
@@ -70,8 +69,8 @@ inline void convolve(const Taps& taps, const Lanes* framed, const Lanes* weight,
 
 // y = x * weight (+ bias) (+ x if residual). flip: correlate with the kernel turned by 180 degrees, which turns
 // the forward pass into the gradient with respect to x.
-inline void depthwise(const float* x, const float* weight, const float* bias, float* y,
-                      int B, int C, int H, int W, int K, int dilation, bool residual, bool flip) {
+inline void depthwise(const float* x, const float* weight, const float* bias, float* y, int B, int C, int H, int W, int K,
+                      int dilation, bool residual, bool flip, Activation activation = IDENTITY) {
     const Taps taps(H, W, K, dilation);
     const int groups = (C + LANES - 1) / LANES;
     const int64_t pixels = (int64_t)H * W;
@@ -105,6 +104,7 @@ inline void depthwise(const float* x, const float* weight, const float* bias, fl
                         for (int64_t i = 0; i < pixels; i++) out.data[i] += b;
                 }
                 from_lanes(out.data, channels, pixels, y + start);
+                activate(activation, y + start, channels * pixels);
             }
     }
 }
@@ -174,30 +174,32 @@ inline void depthwise_grad_weight(const float* x, const float* grad_y, float* gr
     }
 }
 
-// A branch of a dilated reparam block (UniRepLKNet): a depthwise convolution without bias and its BatchNorm's values.
+// A depthwise convolution and the BatchNorm after it; weight (C, kernel, kernel), bias (C) or null.
 struct Branch {
-    const float *weight, *scale, *shift, *mean, *var;  // weight (C, kernel, kernel), the others (C)
+    const float *weight, *bias;
     int kernel, dilation;
-    float eps;
+    Norm norm;
 };
 
-// y: the sum of all branches in evaluation mode, as one convolution by a merged kernel of the first branch's size.
-inline void merged_depthwise(const float* x, const Branch* branches, int count, float* y, int B, int C, int H, int W) {
+// y in inference: the sum of all branches as one convolution by a merged kernel of the first branch's size (UniRepLKNet's
+// dilated reparam block), and an activation.
+inline void merged_depthwise(const float* x, const Branch* branches, int count, Activation activation, float* y,
+                             int B, int C, int H, int W) {
     const int K = branches[0].kernel;
     std::vector<float> weight((int64_t)C * K * K), bias(C);
     for (int n = 0; n < count; n++) {
         const Branch& b = branches[n];
         const int first = K / 2 - b.dilation * (b.kernel / 2);
         for (int c = 0; c < C; c++) {
-            const float scale = b.scale[c] / std::sqrt(b.var[c] + b.eps);
+            const float scale = b.norm.scale(c);
             for (int p = 0; p < b.kernel; p++)
                 for (int q = 0; q < b.kernel; q++)
                     weight[((int64_t)c * K + first + p * b.dilation) * K + first + q * b.dilation] +=
                         scale * b.weight[((int64_t)c * b.kernel + p) * b.kernel + q];
-            bias[c] += b.shift[c] - b.mean[c] * scale;
+            bias[c] += b.norm.shift(c) + (b.bias ? b.bias[c] * scale : 0);
         }
     }
-    depthwise(x, weight.data(), bias.data(), y, B, C, H, W, K, 1, false, false);
+    depthwise(x, weight.data(), bias.data(), y, B, C, H, W, K, 1, false, false, activation);
 }
 
 }  // namespace overlock

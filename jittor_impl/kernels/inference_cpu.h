@@ -1,0 +1,27 @@
+// What follows a convolution in inference: a BatchNorm by its running statistics, folded into the convolution's weights
+// and bias, and an activation of the result while it is still in the cache.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+namespace overlock {
+
+// A BatchNorm's values, each (C); all null: no norm.
+struct Norm {
+    const float *weight, *bias, *mean, *var;
+    float eps;
+
+    float scale(int c) const { return weight ? weight[c] / std::sqrt(var[c] + eps) : 1; }
+    float shift(int c) const { return weight ? bias[c] - mean[c] * scale(c) : 0; }
+};
+
+enum Activation { IDENTITY, GELU, SILU };
+
+inline void activate(Activation activation, float* x, int64_t n) {
+    if (activation == GELU)
+        for (int64_t i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1 + std::erf(x[i] * 0.70710678f));
+    if (activation == SILU)
+        for (int64_t i = 0; i < n; i++) x[i] = x[i] / (1 + std::exp(-x[i]));
+}
+
+}  // namespace overlock
