@@ -5,7 +5,8 @@
 
 Four panels: auxiliary loss, main loss, top-1 and top-5 accuracy; training is solid with round
 markers, validation dashed with square ones. A log is drawn as far as it goes: while its run goes on, beside a longer
-one, or alone.
+one, or alone. A thin third line, where the folder has log_torch_moved.csv, is PyTorch from initial weights moved by one
+unit in the last place: what chance does.
 
 The main loss of training is the column train_loss_main. For a log without it (the published ones) it is derived, as
 train_loss - 0.4 * train_loss_aux, and a note says so.
@@ -18,7 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-LOGS = {"Jittor": "log.csv", "PyTorch": "log_torch.csv"}
+LOGS = {"Jittor": "log.csv", "PyTorch": "log_torch.csv", "PyTorch, moved": "log_torch_moved.csv"}
+OPTIONAL = "PyTorch, moved"
 COLUMNS = ["train_loss", "train_loss_aux", "epoch_time", "val_loss", "acc_top1", "acc_top5"]
 
 # train_loss is main + 0.4 * aux. The published logs don't say so, but their numbers do: as the main loss, the 3.6 and
@@ -31,6 +33,7 @@ STYLES = {
     "Jittor": dict(color="#00466e", linewidth=1.2, markersize=2.8, zorder=3),
     "PyTorch": dict(color="#f0ad30", linewidth=3.2, markersize=6.5, zorder=2,
                     markerfacecolor="white", markeredgewidth=1.4),
+    OPTIONAL: dict(color="#808080", linewidth=0.7, markersize=0, zorder=4),
 }
 
 
@@ -91,7 +94,8 @@ def read_logs(folder):
         try:
             log = read_log(folder / name)
         except FileNotFoundError:
-            absent.append(f"no {name}")
+            if framework != OPTIONAL:
+                absent.append(f"no {name}")
             continue
         if not log["train_loss"]:
             absent.append(f"no finished epoch in {name}")
@@ -144,10 +148,10 @@ def draw(logs):
         axes.spines[["top", "right"]].set_visible(False)
 
     finals = [f"{framework} {log['acc_top1'][-1]:.3f} (epoch {len(log['acc_top1'])})"
-              for framework, log in logs.items()]
+              for framework, log in logs.items() if framework != OPTIONAL]
     figure.suptitle(f"Final top-1 accuracy: {', '.join(finals)}", fontsize="medium")
     # One legend for all panels, and below them: inside a panel it would cover lines sooner or later.
-    figure.legend(*main.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, handlelength=4)
+    figure.legend(*main.get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(logs) if len(logs) < 3 else 3, frameon=False, handlelength=4)
     return figure
 
 
@@ -167,8 +171,8 @@ def save(figure, path):
 
 
 def largest_gap(logs, column):
-    """Say how far apart two logs are in a column at worst, over the epochs that both have."""
-    one, other = (log[column] for log in logs.values())
+    """Say how far apart the two frameworks are in a column at worst, over the epochs that both have."""
+    one, other = logs["Jittor"][column], logs["PyTorch"][column]
     gaps = [abs(a - b) for a, b in zip(one, other)]
     worst = max(gaps, key=lambda gap: (math.isnan(gap), gap))  # NaN, from a run that diverged, is worse than any number
     return f"{worst:.3g} (epoch {gaps.index(worst) + 1})"
@@ -180,7 +184,7 @@ def print_summary(logs):
         top1, top5 = log["acc_top1"], log["acc_top5"]
         print(f"{framework} after epoch {len(top1)}: top-1 {top1[-1]:.3f} (best {max(top1):.3f}), "
               f"top-5 {top5[-1]:.3f} (best {max(top5):.3f}), {sum(log['epoch_time']):.1f} minutes in all")
-    if len(logs) == 2:
+    if "Jittor" in logs and "PyTorch" in logs:
         print(f"Largest gap: main loss {largest_gap(logs, 'train_loss_main')} in training, "
               f"{largest_gap(logs, 'val_loss')} in validation, top-1 {largest_gap(logs, 'acc_top1')}")
 
