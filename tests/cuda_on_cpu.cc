@@ -50,6 +50,7 @@ void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes) {
 
 #include "neighbourhood.h"
 #include "lanes.h"
+#include "inference_cpu.h"
 #include "product.h"
 #include "na2d_av_cpu.h"
 #include "depthwise_cpu.h"
