@@ -4,7 +4,8 @@ Each framework runs in a process and an environment of its own and writes an .np
 
     1 weights     parameters and buffers before training: keys, shapes, bits
     2 batches     two epochs of training and validation: bits
-    3 forward     the output of every module, in order of execution, in training and in evaluation mode
+    3 forward     the output of every module, in order of execution, in training, in evaluation and in inference
+                  (evaluation without gradients, where Jittor merges some of them)
     4 loss        5 gradients
     6 step        every parameter after one AdamW step, and BatchNorm's statistics;
       adamw       the same parameters against AdamW's formula in float64 on the framework's own gradients
@@ -23,7 +24,6 @@ the first module that departs.
 import argparse
 import csv
 import hashlib
-import re
 import subprocess
 import sys
 import tempfile

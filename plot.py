@@ -19,8 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-LOGS = {"Jittor": "log.csv", "PyTorch": "log_torch.csv", "PyTorch, moved": "log_torch_moved.csv"}
 OPTIONAL = "PyTorch, moved"
+LOGS = {"Jittor": "log.csv", "PyTorch": "log_torch.csv", OPTIONAL: "log_torch_moved.csv"}
 COLUMNS = ["train_loss", "train_loss_aux", "epoch_time", "val_loss", "acc_top1", "acc_top5"]
 
 # train_loss is main + 0.4 * aux. The published logs don't say so, but their numbers do: as the main loss, the 3.6 and
@@ -151,7 +151,8 @@ def draw(logs):
               for framework, log in logs.items() if framework != OPTIONAL]
     figure.suptitle(f"Final top-1 accuracy: {', '.join(finals)}", fontsize="medium")
     # One legend for all panels, and below them: inside a panel it would cover lines sooner or later.
-    figure.legend(*main.get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(logs) if len(logs) < 3 else 3, frameon=False, handlelength=4)
+    figure.legend(*main.get_legend_handles_labels(), loc="outside lower center", ncols=3 if len(logs) == 3 else 4,
+                  frameon=False, handlelength=4)
     return figure
 
 

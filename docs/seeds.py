@@ -3,12 +3,14 @@
     python docs/seeds.py            reads logs/reference/seed-*/, needs pandas (PyTorch's environment)
 """
 import argparse
+import sys
 from pathlib import Path
 
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
-LOGS = {"Jittor": "log.csv", "PyTorch": "log_torch.csv", "PyTorch, moved": "log_torch_moved.csv"}
+sys.path.insert(0, str(ROOT))
+from plot import LOGS  # noqa: E402
 
 
 def read(folder):

@@ -35,7 +35,7 @@ class Sequential(nn.Sequential):
                 x = layer(x)
                 continue
             norm = layers.pop(0) if layers and isinstance(layers[0], BatchNorm2d) else None
-            activation = layers.pop(0) if layers and isinstance(layers[0], (nn.GELU, nn.SiLU)) else None
+            activation = layers.pop(0) if layers and type(layers[0]) in fused.ACTIVATIONS else None
             x = layer.infer(x, norm, activation)
         return x
 
@@ -50,7 +50,7 @@ class Conv2d(nn.Conv2d):
         return self.depthwise(x, residual=False) if self.keeps_size() else super().execute(x)
 
     def infer(self, x, norm, activation):
-        """activation(norm(self(x))) in inference; a BatchNorm2d and an nn.GELU or nn.SiLU, or None."""
+        """activation(norm(self(x))) in inference; a BatchNorm2d and one of fused.ACTIVATIONS, or None."""
         self.check(x)
         if self.is_dense():
             return fused.dense_norm(x, self, norm, activation)

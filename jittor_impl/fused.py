@@ -119,7 +119,7 @@ def dense_norm(x, conv, norm, activation):
     data, shape = dense_geometry(x, conv.weight, conv.stride[0], conv.padding[0], conv.dilation[0])
     inputs = [x, conv.weight]
     bias, norm = bias_and_norm(conv, norm, inputs)
-    code = f"overlock::convolution_norm(in0_p, in1_p, {bias}, {norm}, {ACTIVATIONS[type(activation)]}, out0_p, {DENSE_GEOMETRY});"
+    code = f"overlock::convolution(in0_p, in1_p, {bias}, out0_p, {DENSE_GEOMETRY}, {norm}, {ACTIVATIONS[type(activation)]});"
     return call(DENSE_HEADERS, code, inputs, [shape], data)[0]
 
 

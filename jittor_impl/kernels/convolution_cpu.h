@@ -135,23 +135,16 @@ struct Convolution {
     }
 };
 
-// y = x * weight (+ bias). x (images, in, height, width), weight (out, in, kernel_h, kernel_w), bias (out) or null.
-inline void convolution(const float* x, const float* weight, const float* bias, float* y, const Convolution& c) {
-    const Columns g = c.columns();
-    const int depth = c.in_channels * g.taps();
-    columns_product(g, x, [&](int r, int k) { return weight[(int64_t)r * depth + k]; }, bias,
-                    {c.out_channels, c.out_height(), c.out_width(), 1, 0, 0}, y);
-}
-
-// The same in inference: a BatchNorm and an activation follow.
-inline void convolution_norm(const float* x, const float* weight, const float* bias, const Norm& norm, Activation activation,
-                             float* y, const Convolution& c) {
+// y = x * weight (+ bias), in inference with a BatchNorm and an activation after it.
+// x (images, in, height, width), weight (out, in, kernel_h, kernel_w), bias (out) or null.
+inline void convolution(const float* x, const float* weight, const float* bias, float* y, const Convolution& c,
+                        const Norm& norm = {}, Activation activation = IDENTITY) {
     const Columns g = c.columns();
     const int depth = c.in_channels * g.taps();
     std::vector<float> scale(c.out_channels), shift(c.out_channels);
     for (int r = 0; r < c.out_channels; r++) {
         scale[r] = norm.scale(r);
-        shift[r] = norm.shift(r) + (bias ? bias[r] * scale[r] : 0);
+        shift[r] = norm.shift(r, bias);
     }
     columns_product(g, x, [&](int r, int k) { return weight[(int64_t)r * depth + k] * scale[r]; }, shift.data(),
                     {c.out_channels, c.out_height(), c.out_width(), 1, 0, 0}, y, activation);

@@ -196,7 +196,7 @@ inline void merged_depthwise(const float* x, const Branch* branches, int count, 
                 for (int q = 0; q < b.kernel; q++)
                     weight[((int64_t)c * K + first + p * b.dilation) * K + first + q * b.dilation] +=
                         scale * b.weight[((int64_t)c * b.kernel + p) * b.kernel + q];
-            bias[c] += b.norm.shift(c) + (b.bias ? b.bias[c] * scale : 0);
+            bias[c] += b.norm.shift(c, b.bias);
         }
     }
     depthwise(x, weight.data(), bias.data(), y, B, C, H, W, K, 1, false, false, activation);

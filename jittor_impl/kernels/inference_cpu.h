@@ -12,7 +12,10 @@ struct Norm {
     float eps;
 
     float scale(int c) const { return weight ? weight[c] / std::sqrt(var[c] + eps) : 1; }
-    float shift(int c) const { return weight ? bias[c] - mean[c] * scale(c) : 0; }
+    // Of a convolution's bias, null for none.
+    float shift(int c, const float* conv_bias) const {
+        return (weight ? bias[c] - mean[c] * scale(c) : 0) + (conv_bias ? conv_bias[c] * scale(c) : 0);
+    }
 };
 
 enum Activation { IDENTITY, GELU, SILU };
