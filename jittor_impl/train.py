@@ -159,7 +159,7 @@ class RunFiles:
         self.output = output
         self.csv, self.text = output / f"log{SUFFIX}.csv", output / f"log{SUFFIX}.txt"
         self.last, self.best = output / f"last{SUFFIX}.safetensors", output / f"best{SUFFIX}.safetensors"
-        self.resumable = False  # whether self.last is of the run under way
+        self.started = False  # whether self.last, if it exists, is of the run under way
 
     def check_writable(self):
         try:
@@ -258,10 +258,9 @@ def run_training(args, files):
                              "give the right --data-dir")
         load_optimizer(model, optimizer, moments, run["step"], source)
         history = run["history"]
-    if args.resume and source.resolve() == files.last.resolve():
-        files.resumable = True
-    else:
+    if not args.resume or source.resolve() != files.last.resolve():
         files.set_aside()
+    files.started = True
 
     arguments = json.loads(json.dumps(vars(args), default=str))
     parameters = sum(int(np.prod(p.shape)) for p in trainable(model).values())
@@ -294,7 +293,6 @@ def run_training(args, files):
         if is_best:
             save_checkpoint(files.best, model, optimizer, state)
         save_checkpoint(files.last, model, optimizer, state)
-        files.resumable = True
         files.write_csv(history)
         files.log(epoch_line(row, args.epochs))
     written = " and ".join(path.name for path in (files.last, files.best) if path.exists())
@@ -322,7 +320,8 @@ def main():
         # Ctrl-C also reaches a compiler at work, whose failure may come first.
         if not interrupted:
             raise
-        stop(130, f"interrupted; {'resume with: ' + resume_command(args) if files.resumable else 'no epoch was finished'}")
+        finished = files.started and files.last.exists()
+        stop(130, f"interrupted; {'resume with: ' + resume_command(args) if finished else 'no epoch was finished'}")
 
 
 def stop(status, message):

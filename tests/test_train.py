@@ -128,11 +128,37 @@ def test_interrupt_says_how_to_resume(impl, command, dataset, finished, tmp_path
     line = interrupt_after(command, [*options, "--epochs", 500, "--init", source], "epoch 1/500: train loss")
     words = shlex.split(line.partition("resume with: ")[2])
     assert "--init" not in words
-    done = len(rows(tmp_path / f"log{impl.suffix}.csv"))
+    # Not the rows of log.csv: Ctrl-C may come between the checkpoint, which counts, and the log, which is made again from it.
+    done = read_checkpoint(tmp_path / f"last{impl.suffix}.safetensors")[2]["epoch"]
     words[words.index("--epochs") + 1] = str(done + 1)
     result = subprocess.run(words, capture_output=True, text=True)  # the very command that was printed
     assert result.returncode == 0, result.stderr
     assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == done + 1
+
+
+def test_interrupt_between_checkpoint_and_log(impl, command, dataset, tmp_path):
+    """The epoch is in the checkpoint, so it counts, and the resumed run logs it."""
+    code = """
+import os, signal, sys
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import train
+save_checkpoint = train.save_checkpoint
+def save_and_interrupt(path, *others):
+    save_checkpoint(path, *others)
+    if path.name.startswith("last"):
+        os.kill(os.getpid(), signal.SIGINT)
+train.save_checkpoint = save_and_interrupt
+train.main()
+"""
+    options = [*SIZES, "--data-dir", dataset, "--output", tmp_path, "--epochs", 2, "--no-progress"]
+    result = run([command[0], "-c", code, command[1]], *options)
+    assert result.returncode == 130 and "resume with: " in result.stderr, result.stderr
+    assert not rows(tmp_path / f"log{impl.suffix}.csv")
+    words = shlex.split(result.stderr.partition("resume with: ")[2])
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [row["epoch"] for row in rows(tmp_path / f"log{impl.suffix}.csv")] == ["1", "2"]
 
 
 def test_interrupt_before_the_first_epoch_ends(impl, command, dataset, tmp_path):
