@@ -35,6 +35,13 @@ def device_count():
     return count.value
 
 
+def driver_version():
+    """The newest major version of CUDA that the driver runs; raises OSError without a driver."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000
+
+
 def system_nvcc():
     """The nvcc on the PATH or in CUDA's usual place, None if there is none."""
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -51,9 +58,9 @@ def packaged_nvcc(home):
     except metadata.PackageNotFoundError:
         return None
     root, links = Path(home) / ".cache" / "jittor" / "overlock_cuda", {}
-    for f in files:  # relative to site-packages, such as nvidia/cu13/include/crt/host_defines.h or nvidia/cudnn/lib/libcudnn.so.9
+    for f in files:  # relative to site-packages, such as nvidia/cu13/include/crt/host_defines.h, nvidia/cudnn/lib/libcudnn.so.9
         if "include" in f.parts:
-            depth = len(f.parts) - f.parts.index("include") - 2  # of the file below what is linked: include/crt, not each file in it
+            depth = len(f.parts) - f.parts.index("include") - 2  # include/crt is linked, not each file in it
             links[root / "include" / f.parts[-1 - depth]] = [f.locate(), *f.locate().parents][depth]
         elif f.parent.name == "lib" and f.suffix == ".a":
             links[root / "lib64" / f.name] = f.locate()

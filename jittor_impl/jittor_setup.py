@@ -19,8 +19,8 @@ from importlib import metadata
 from pathlib import Path
 
 import cuda_compat
-from cuda_toolkit import (cudnn_version, device_count, load_libraries, packaged_nvcc, replace_link, system_nvcc,
-                          toolkit_version)
+from cuda_toolkit import (cudnn_version, device_count, driver_version, load_libraries, packaged_nvcc, replace_link,
+                          system_nvcc, toolkit_version)
 
 ONEDNN_PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")  # libmkldnn.so and its headers, on PyPI
 
@@ -70,14 +70,17 @@ def choose_cuda(home):
     chosen = os.environ.get("nvcc_path")
     if chosen == "":
         return
+    reason = None
     if not chosen and not device_count():
-        reason = "nvcc is installed but no CUDA GPU is usable" if system_nvcc() else None
+        if system_nvcc():
+            reason = "nvcc is installed but no CUDA GPU is usable"
     else:
-        nvcc = chosen or packaged_nvcc(home) or system_nvcc()
-        reason = prepare_cuda(nvcc) if nvcc else "there is a CUDA GPU but no nvcc (pip install -r requirements-cuda.txt)"
-        if not reason:
-            os.environ["nvcc_path"] = nvcc
-            return
+        reason = "there is a CUDA GPU but no nvcc (pip install -r requirements-cuda.txt)"
+        for nvcc in filter(None, [chosen] if chosen else [packaged_nvcc(home), system_nvcc()]):
+            reason = prepare_cuda(nvcc)
+            if not reason:
+                os.environ["nvcc_path"] = nvcc
+                return
     if reason:
         notice(f"{reason}: running on the CPU")
     os.environ["nvcc_path"] = ""
@@ -88,6 +91,8 @@ def prepare_cuda(nvcc):
     cudnn = cudnn_version(nvcc)
     if not cudnn:
         return f"no cuDNN beside {nvcc} (pip install -r requirements-cuda.txt brings one)"
+    if device_count() and driver_version() < toolkit_version(nvcc):
+        return f"{nvcc} is of CUDA {toolkit_version(nvcc)}, the GPU's driver is for CUDA {driver_version()} at most (update one of them)"
     try:
         if toolkit_version(nvcc) >= 13 or cudnn >= 9:
             changed = cuda_compat.apply()

@@ -92,11 +92,12 @@ def fake_toolkit(folder, release, cudnn):
 @pytest.fixture
 def choose(tmp_path, monkeypatch):
     """choose_cuda on a machine with so many GPUs and this system-wide nvcc. Returns the nvcc that Jittor gets."""
-    def choose(gpus, nvcc, chosen=None):
+    def choose(gpus, nvcc, chosen=None, driver=13):
         monkeypatch.delenv("nvcc_path", raising=False)
         if chosen is not None:
             monkeypatch.setenv("nvcc_path", chosen)
         monkeypatch.setattr(jittor_setup, "device_count", lambda: gpus)
+        monkeypatch.setattr(jittor_setup, "driver_version", lambda: driver)
         monkeypatch.setattr(jittor_setup, "system_nvcc", lambda: nvcc)
         jittor_setup.choose_cuda(tmp_path)
         return os.environ["nvcc_path"]
@@ -131,6 +132,15 @@ def test_toolkits_that_cannot_be_used_mean_the_cpu(tmp_path, package, choose, mo
     (package / "jittor" / "compiler.py").write_text("something else")
     assert choose(1, fake_toolkit(tmp_path / "cuda", "13.0", 9)) == ""
     assert "compiler.py is not as Jittor 1.3.11.0 has it" in capsys.readouterr().err
+
+
+def test_a_toolkit_newer_than_the_driver_gives_way(tmp_path, package, choose, monkeypatch, capsys):
+    new, old = fake_toolkit(tmp_path / "new", "13.0", 9), fake_toolkit(tmp_path / "old", "12.4", 8)
+    monkeypatch.setattr(jittor_setup, "packaged_nvcc", lambda home: new)
+    assert choose(1, old, driver=13) == new and "changed 7 files" in capsys.readouterr().err
+    assert choose(1, old, driver=12) == old and capsys.readouterr().err == ""
+    assert choose(1, None, driver=12) == ""
+    assert "is of CUDA 13, the GPU's driver is for CUDA 12 at most" in capsys.readouterr().err
 
 
 def test_packages_of_nvidia_become_a_toolkit(tmp_path, monkeypatch):
