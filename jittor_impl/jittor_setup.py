@@ -1,13 +1,12 @@
 """Imports Jittor so that it starts everywhere: `from jittor_setup import jt`.
 
 Left to itself, Jittor 1.3.11 downloads oneDNN from a server of its own, dies where `nvcc` is installed without a
-usable GPU, downloads a CUDA toolkit where there is a GPU without `nvcc`, and compiles for minutes without a word.
+usable GPU or is of CUDA 13, downloads a CUDA toolkit where there is a GPU without `nvcc`, and compiles for minutes
+without a word.
 """
 import atexit
-import ctypes
 import hashlib
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -19,6 +18,10 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import cuda_compat
+from cuda_toolkit import (cudnn_version, device_count, driver_version, load_libraries, packaged_nvcc, replace_link,
+                          system_nvcc, toolkit_version)
+
 ONEDNN_PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")  # libmkldnn.so and its headers, on PyPI
 
 
@@ -29,15 +32,6 @@ def notice(message):
 def fail(message):
     notice(f"error: {message}")
     sys.exit(2)
-
-
-def replace_link(link, target):
-    """Point `link` at `target` in one step, so that a process that starts meanwhile never sees it missing."""
-    if link.is_symlink() and os.readlink(link) == str(target):
-        return
-    temporary = link.with_name(f"{link.name}.{os.getpid()}")
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
 
 
 def provide_onednn(home):
@@ -68,40 +62,46 @@ def provide_onednn(home):
         replace_link(link, Path(f.locate()).resolve())
 
 
-def cuda_device_count():
-    """Number of GPUs that the CUDA driver sees; 0 without a driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
+def choose_cuda(home):
+    """Give Jittor a CUDA toolkit that it can use, or turn its CUDA off, with a line of notice where there is a GPU or an nvcc.
 
-
-def choose_cuda():
-    """Turn Jittor's CUDA off, with a line of notice, unless there are both a GPU and a compiler that Jittor can use."""
-    if "nvcc_path" in os.environ:
+    The environment variable nvcc_path decides where it is set: which nvcc, or none if it is empty.
+    """
+    chosen = os.environ.get("nvcc_path")
+    if chosen == "":
         return
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    gpus = cuda_device_count()
-    if nvcc and not gpus:
-        notice("nvcc is installed but no CUDA GPU is usable: running on the CPU")
-    elif gpus and not nvcc:
-        notice("there is a CUDA GPU but no nvcc to compile for it: running on the CPU")
-    elif gpus and toolkit_version(nvcc) >= 13:
-        notice("Jittor 1.3.11 does not build with CUDA 13, install CUDA 12 or older: running on the CPU")
-    elif gpus:
-        return
+    reason = None
+    if not chosen and not device_count():
+        if system_nvcc():
+            reason = "nvcc is installed but no CUDA GPU is usable"
+    else:
+        reason = "there is a CUDA GPU but no nvcc (pip install -r requirements-cuda.txt)"
+        for nvcc in filter(None, [chosen] if chosen else [packaged_nvcc(home), system_nvcc()]):
+            reason = prepare_cuda(nvcc)
+            if not reason:
+                os.environ["nvcc_path"] = nvcc
+                return
+    if reason:
+        notice(f"{reason}: running on the CPU")
     os.environ["nvcc_path"] = ""
 
 
-def toolkit_version(nvcc):
-    """The toolkit's major version, 0 if nvcc does not tell."""
-    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    version = re.search(r"release (\d+)", output)
-    return int(version[1]) if version else 0
+def prepare_cuda(nvcc):
+    """Make this toolkit and the installed Jittor fit together. Returns why they cannot, or None."""
+    cudnn = cudnn_version(nvcc)
+    if not cudnn:
+        return f"no cuDNN beside {nvcc} (pip install -r requirements-cuda.txt brings one)"
+    if device_count() and driver_version() < toolkit_version(nvcc):
+        return f"{nvcc} is of CUDA {toolkit_version(nvcc)}, the GPU's driver is for CUDA {driver_version()} at most (update one of them)"
+    try:
+        if toolkit_version(nvcc) >= 13 or cudnn >= 9:
+            changed = cuda_compat.apply()
+            if changed:
+                notice(f"changed {len(changed)} files of the installed Jittor for CUDA 13 and cuDNN 9 "
+                       "(python jittor_impl/cuda_compat.py --revert takes it back)")
+        load_libraries(nvcc)
+    except (cuda_compat.CompatError, OSError) as error:
+        return str(error)
 
 
 class Compilation:
@@ -170,7 +170,9 @@ def compile_operators_faster(jittor, cache):
 def import_jittor():
     os.environ.setdefault("cache_name", "overlock")  # else the branch of the git repository around the environment
     os.environ.setdefault("log_silent", "1")
-    os.environ.setdefault("use_mpi", "0")
+    # Jittor would download cuTT and CUTLASS where it finds a GPU, and does without them.
+    for library in ("use_mpi", "use_cutt", "use_cutlass"):
+        os.environ.setdefault(library, "0")
     os.environ.setdefault("FIX_TORCH_ERROR", "0")  # do not load torch where it happens to be installed
     # Jittor's core compiles faster at -O1 and runs no slower; its operators keep -Ofast, the default.
     if "cc_flags" not in os.environ:
@@ -188,16 +190,17 @@ def import_jittor():
         fail(f"no Python.h in {headers}; install Python's headers (Debian: apt install python3-dev)")
     if not shutil.which(os.environ.get("cc_path", "g++")):
         fail("no g++, which Jittor compiles with; install it (Debian: apt install g++)")
-    choose_cuda()
 
     import jittor_utils
+    choose_cuda(jittor_utils.home())
     provide_onednn(jittor_utils.home())
     # Jittor asks a python3.x-config, which no virtual environment has, and may take another Python's headers.
     jittor_utils._py3_include_path = f'-I"{headers}"'
     jittor_utils._py3_extension_suffix = sysconfig.get_config_var("EXT_SUFFIX")
     jittor_utils.DelayProgress = Compilation
     compiling = "OVERLOCK_COMPILES_JITTOR" in os.environ
-    if not compiling and not list(Path(jittor_utils.cache_path).glob("jittor_core*")):
+    core = "cu*/jittor_core*" if os.environ["nvcc_path"] else "jittor_core*"
+    if not compiling and not list(Path(jittor_utils.cache_path).glob(core)):
         compile_jittor()
     try:
         import jittor

@@ -1,4 +1,4 @@
-"""`import models` in jittor_impl works by itself, and jittor_setup mends what it finds."""
+"""`import models` in jittor_impl works by itself, and jittor_setup mends what it finds. CUDA is in test_cuda_setup.py."""
 import os
 import shlex
 import subprocess
@@ -57,37 +57,6 @@ def test_jittors_own_download_is_left_alone(tmp_path):
     library.write_text("downloaded")
     jittor_setup.provide_onednn(tmp_path)
     assert library.read_text() == "downloaded" and not (library.parents[1] / "include").exists()
-
-
-def fake_nvcc(folder, monkeypatch, answer=""):
-    (folder / "nvcc").write_text(f"#!/bin/sh\n{answer}\n")
-    (folder / "nvcc").chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder))
-
-
-def test_nvcc_without_a_gpu_means_the_cpu(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("nvcc_path", raising=False)
-    fake_nvcc(tmp_path, monkeypatch)
-    monkeypatch.setattr(jittor_setup, "cuda_device_count", lambda: 0)
-    jittor_setup.choose_cuda()
-    assert os.environ["nvcc_path"] == "" and capsys.readouterr().err.count("\n") == 1
-
-
-def test_cuda_13_means_the_cpu_and_cuda_12_the_gpu(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jittor_setup, "cuda_device_count", lambda: 1)
-    for release, used in (("13.0", False), ("12.4", True)):
-        monkeypatch.delenv("nvcc_path", raising=False)
-        fake_nvcc(tmp_path, monkeypatch, f"echo Cuda compilation tools, release {release}, V{release}.48")
-        jittor_setup.choose_cuda()
-        assert ("nvcc_path" not in os.environ) == used and (capsys.readouterr().err == "") == used
-
-
-def test_a_gpu_without_nvcc_downloads_no_toolkit(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("nvcc_path", raising=False)
-    monkeypatch.setattr(jittor_setup.shutil, "which", lambda *args, **kwargs: None)
-    monkeypatch.setattr(jittor_setup, "cuda_device_count", lambda: 1)
-    jittor_setup.choose_cuda()
-    assert os.environ.pop("nvcc_path") == "" and "no nvcc" in capsys.readouterr().err
 
 
 def test_missing_jittor_is_named():

@@ -1,0 +1,109 @@
+"""Makes the installed Jittor 1.3.11 build with CUDA 13 and cuDNN 9: `python jittor_impl/cuda_compat.py`.
+
+cuda_compat.patch says what it changes in the installed package: each hunk is for a name or a library that CUDA 13 or
+cuDNN 9 dropped, and the changed package still builds with older ones. `--revert` takes the changes back, `--check` only
+tells. Doing a thing twice does no harm; another version of Jittor is refused. The set-up calls it where the toolkit needs it.
+"""
+import argparse
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+VERSION = "1.3.11.0"
+PATCH = Path(__file__).resolve().parent / "cuda_compat.patch"
+
+
+class CompatError(Exception):
+    """One line that says what is wrong and what to do."""
+
+
+def package_root():
+    """The folder that holds the installed package `jittor`. Raises CompatError if there is none, or of another version."""
+    try:
+        distribution = metadata.distribution("jittor")
+    except metadata.PackageNotFoundError:
+        raise CompatError(f"jittor is not installed in {sys.prefix}; pip install -r requirements-jittor.txt") from None
+    if distribution.version != VERSION:
+        raise CompatError(f"the changes are for Jittor {VERSION}, installed is {distribution.version}; "
+                          f"pip install jittor=={VERSION}")
+    return Path(distribution.locate_file(""))
+
+
+def read_patch(text):
+    """{file: [(text before, text after), ...]} of a unified diff, its context lines in both texts."""
+    hunks = {}
+    for line in text.splitlines(keepends=True):
+        if line.startswith("+++ "):
+            current = hunks.setdefault(line[4:].strip().partition("/")[2], [])
+        elif line.startswith("@@"):
+            current.append(("", ""))
+        elif not line.startswith("--- "):
+            before, after = current[-1]
+            current[-1] = before + line[1:] * (line[0] in " -"), after + line[1:] * (line[0] in " +")
+    return hunks
+
+
+def changed_files(root, revert=False):
+    """{path: its new text} of the files that the patch, or with `revert` its reverse, would change.
+
+    Raises CompatError if a place that it is about looks neither as before nor as after: somebody else changed it.
+    """
+    new = {}
+    for name, hunks in read_patch(PATCH.read_text(encoding="utf-8")).items():
+        path = root / name
+        text = old = path.read_text(encoding="utf-8")
+        for before, after in hunks:
+            if revert:
+                before, after = after, before
+            if text.count(after) == 1:
+                continue
+            if text.count(before) != 1:
+                raise CompatError(f"{path} is not as Jittor {VERSION} has it; "
+                                  f"pip install --force-reinstall --no-deps jittor=={VERSION}")
+            text = text.replace(before, after)
+        if text != old:
+            new[path] = text
+    return new
+
+
+def apply(revert=False):
+    """Change the installed package, or change it back. Returns the paths of the files that were not yet so.
+
+    Raises CompatError, before anything is written, if it cannot be done.
+    """
+    new = changed_files(package_root(), revert)
+    for path in new:
+        if not os.access(path.parent, os.W_OK):
+            raise CompatError(f"{path.parent} cannot be written; use a virtual environment of your own")
+    for path, text in new.items():
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    return list(new)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="cuda_compat.py", description=__doc__.partition("\n")[0])
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--revert", action="store_true", help="take the changes back")
+    group.add_argument("--check", action="store_true", help="only tell whether the package is changed; exit status 1 if not")
+    args = parser.parse_args()
+    try:
+        if args.check:
+            missing = changed_files(package_root())
+            print("not changed: " + ", ".join(map(str, missing)) if missing else "the changes for CUDA 13 are in place")
+            return int(bool(missing))
+        done = apply(args.revert)
+    except CompatError as error:
+        print(f"cuda_compat.py: error: {error}", file=sys.stderr)
+        return 2
+    for path in done:
+        print(f"{'changed back' if args.revert else 'changed'}: {path}")
+    if not done:
+        print("nothing to do")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

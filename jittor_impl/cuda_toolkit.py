@@ -1,0 +1,111 @@
+"""Finds the CUDA toolkit that Jittor compiles with: a system-wide one, or NVIDIA's packages from PyPI (requirements-cuda.txt)."""
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-cublas",
+            "nvidia-cufft", "nvidia-curand", "nvidia-nvjitlink", "nvidia-cusparse", "nvidia-cudnn-cu13")
+# In the order in which they need each other.
+LIBRARIES = ("cudart", "cublasLt", "cublas", "cufft", "curand", "nvJitLink", "cusparse", "cudnn")
+SYSTEM_INCLUDE = Path("/usr/include")
+
+
+def replace_link(link, target):
+    """Point `link` at `target` in one step, so that a process that starts meanwhile never sees it missing."""
+    if link.is_symlink() and os.readlink(link) == str(target):
+        return
+    temporary = link.with_name(f"{link.name}.{os.getpid()}")
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+def device_count():
+    """Number of GPUs that the CUDA driver sees; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def driver_version():
+    """The newest major version of CUDA that the driver runs; raises OSError without a driver."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000
+
+
+def system_nvcc():
+    """The nvcc on the PATH or in CUDA's usual place, None if there is none."""
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def packaged_nvcc(home):
+    """The nvcc of a toolkit put together from NVIDIA's packages in this environment, None where they are not complete.
+
+    Jittor expects bin/, include/ and lib64/ side by side and libraries without a version in their names, none of which
+    the packages have. Like oneDNN's, the links are renewed at every start, not trusted.
+    """
+    try:
+        files = [f for package in PACKAGES for f in metadata.files(package) or ()]
+    except metadata.PackageNotFoundError:
+        return None
+    root, links = Path(home) / ".cache" / "jittor" / "overlock_cuda", {}
+    for f in files:  # relative to site-packages, such as nvidia/cu13/include/crt/host_defines.h, nvidia/cudnn/lib/libcudnn.so.9
+        if "include" in f.parts:
+            depth = len(f.parts) - f.parts.index("include") - 2  # include/crt is linked, not each file in it
+            links[root / "include" / f.parts[-1 - depth]] = [f.locate(), *f.locate().parents][depth]
+        elif f.parent.name == "lib" and f.suffix == ".a":
+            links[root / "lib64" / f.name] = f.locate()
+        elif f.parent.name == "lib" and ".so" in f.name:
+            links[root / "lib64" / f.name] = links[root / "lib64" / f"{f.name.partition('.so')[0]}.so"] = f.locate()
+        elif f.parent.name == "bin" and f.name == "nvcc":
+            nvcc = f.locate()
+    for link, target in links.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        replace_link(link, Path(target).resolve())
+    # nvcc finds its parts beside itself, so it is called by its own name and not through a link.
+    script = root / "bin" / "nvcc"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    text = f"#!/bin/sh\nexec '{Path(nvcc).resolve()}' \"$@\"\n"
+    if not script.exists() or script.read_text() != text:
+        temporary = script.with_name(f"nvcc.{os.getpid()}")
+        temporary.write_text(text)
+        temporary.chmod(0o755)
+        os.replace(temporary, script)
+    return str(script)
+
+
+def load_libraries(nvcc):
+    """Load the toolkit's libraries, so that Jittor's own, which are linked to them by name, find them in no search path."""
+    folder = Path(nvcc).resolve().parent.parent / "lib64"
+    for name in LIBRARIES:
+        library = folder / f"lib{name}.so"
+        if library.exists():
+            ctypes.CDLL(str(library.resolve()), ctypes.RTLD_GLOBAL)
+
+
+def toolkit_version(nvcc):
+    """The toolkit's major version, 0 if nvcc does not tell."""
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+)", output)
+    return int(version[1]) if version else 0
+
+
+def cudnn_version(nvcc):
+    """The major version of the cuDNN that Jittor will find for this nvcc, 0 if there is none."""
+    toolkit = Path(nvcc).resolve().parent.parent
+    for folder in (toolkit / "include", toolkit / "targets" / "x86_64-linux" / "include", SYSTEM_INCLUDE):
+        for name in ("cudnn_version.h", "cudnn.h"):  # cuDNN 7 has it in the latter
+            if (folder / name).exists():
+                version = re.search(r"#define CUDNN_MAJOR (\d+)", (folder / name).read_text(errors="replace"))
+                if version:
+                    return int(version[1])
+    return 0

@@ -1,0 +1,100 @@
+"""Compile Jittor's core, and every operator of a training step and of inference, for CUDA 13, on a machine without a GPU.
+
+    python tests/compile_for_cuda.py [--model overlock_xxt] [--img-size 64] [--archs "80 90"] [--home FOLDER]
+
+Runs in an environment with requirements-jittor.txt and requirements-cuda.txt. The compiler, the headers and Jittor are the
+real ones; the libraries that are loaded are stand-ins whose functions do nothing (cuda_stubs.c), so that Jittor goes on
+from one operator to the next. It shows that everything compiles and links, and nothing about the numbers. Takes some 15
+minutes on two cores; with --home the compiled files stay there for the next time.
+"""
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent / "jittor_impl"))
+import cuda_toolkit
+
+STUBS = TESTS / "cuda_stubs.c"
+STAND_INS = ("cudart", "cublas", "cublasLt", "cudnn", "cufft", "curand", "cusparse")
+
+
+def make_stand_in(library, folder):
+    """A library of the same name and with the same functions, which do nothing. Returns its path."""
+    symbols = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True).stdout
+    names = {re.split("@", line.split()[2])[0] for line in symbols.splitlines() if line.split()[1] in "TWi"}
+    written = set(re.findall(r"\b\w+(?=\()", subprocess.run(["gcc", "-E", "-P", STUBS], check=True, capture_output=True, text=True).stdout))
+    names = {name for name in names - written if re.match("_*(cuda|cublas|cudnn|cufft|curand|cusparse)", name)}
+    source, stand_in = folder / f"{library.name}.c", folder / library.name
+    source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names)))
+    subprocess.run(["gcc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", stand_in, source, STUBS], check=True)
+    return stand_in
+
+
+def prepare(home):
+    """Put the toolkit of this environment under `home`, with stand-ins for its libraries. Returns its nvcc."""
+    nvcc = cuda_toolkit.packaged_nvcc(home)
+    if not nvcc:
+        sys.exit("compile_for_cuda.py: error: NVIDIA's packages are not installed; pip install -r requirements-cuda.txt")
+    lib64 = Path(nvcc).parents[1] / "lib64"
+    for name in STAND_INS:
+        library = (lib64 / f"lib{name}.so").resolve()
+        stand_in = make_stand_in(library, lib64.parent)
+        for link in lib64.glob(f"lib{name}.so*"):
+            cuda_toolkit.replace_link(link, stand_in)
+    return nvcc
+
+
+def steps(model_name, size):
+    """A training step and inference, on the GPU that is not there; runs in a process of its own."""
+    import numpy as np
+    from jittor_setup import jt
+    from jittor.nn import cross_entropy_loss
+
+    import models
+    from adamw import AdamW
+    from checkpoint import trainable
+    jt.flags.use_cuda = 1
+    model = models.OverLoCK(**models.VARIANTS[model_name], num_classes=20)
+    optimizer = AdamW(list(trainable(model).values()), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    images, labels = jt.array(np.zeros((2, 3, size, size), np.float32)), jt.array(np.array([0, 1], np.int32))
+    model.train()
+    output = model(images)
+    optimizer.step(cross_entropy_loss(output["main"], labels) + 0.4 * cross_entropy_loss(output["aux"], labels))
+    jt.sync_all()
+    print("every operator of a training step is compiled", flush=True)
+    model.eval()
+    with jt.no_grad():
+        model(images).numpy()
+        model.reparam()
+        model(images).numpy()
+    print("every operator of inference is compiled", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="compile_for_cuda.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="overlock_xxt")
+    parser.add_argument("--img-size", type=int, default=64)
+    parser.add_argument("--archs", default="80 90", help="compute capabilities, without the dot")
+    parser.add_argument("--home", type=Path, help="where the compiled files go, by default a temporary folder")
+    args = parser.parse_args()
+    if "OVERLOCK_COMPILES_FOR_CUDA" in os.environ:
+        return steps(args.model, args.img_size)
+    with tempfile.TemporaryDirectory() as temporary:
+        home, start = (args.home or Path(temporary)).resolve(), time.perf_counter()
+        home.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "HOME": str(home), "nvcc_path": prepare(home), "cuda_archs": args.archs,
+                       "OVERLOCK_COMPILES_FOR_CUDA": "1"}
+        status = subprocess.run([sys.executable, *sys.argv], env=environment).returncode
+        print(f"{'compiled' if status == 0 else 'failed'} for compute capabilities {args.archs}, "
+              f"{(time.perf_counter() - start) / 60:.0f} min")
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Which CUDA toolkit Jittor gets, and the changes of the installed package that CUDA 13 and cuDNN 9 need."""
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import cuda_compat
+import cuda_toolkit
+import jittor_setup
+import pytest
+
+SCRIPT = Path(cuda_compat.__file__)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The folder of a copy of those files of the installed package that the changes are about, as Jittor has them."""
+    installed = cuda_compat.package_root()
+    for name in cuda_compat.read_patch(cuda_compat.PATCH.read_text()):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(installed / name, tmp_path / name)
+    monkeypatch.setattr(cuda_compat, "package_root", lambda: tmp_path)
+    cuda_compat.apply(revert=True)  # on a machine where CUDA 13 is in use
+    return tmp_path
+
+
+def contents(folder):
+    return {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_changes_can_be_made_twice_and_taken_back(package):
+    original = contents(package)
+    assert set(cuda_compat.apply()) == set(original)
+    changed = contents(package)
+    assert all(changed[path] != original[path] for path in original)
+    assert cuda_compat.apply() == [] and contents(package) == changed
+    assert set(cuda_compat.apply(revert=True)) == set(original) and contents(package) == original
+    assert cuda_compat.apply(revert=True) == []
+    for path in package.rglob("*.py"):
+        compile(changed[path], path, "exec")
+
+
+def test_a_package_that_somebody_else_changed_is_left_alone(package):
+    path = package / "jittor" / "depthwise_conv.py"
+    path.write_text(path.read_text().replace("cub::LaneId()", "lane_id()"))
+    before = contents(package)
+    with pytest.raises(cuda_compat.CompatError, match="depthwise_conv.py is not as Jittor 1.3.11.0 has it; pip install"):
+        cuda_compat.apply()
+    assert contents(package) == before
+
+
+def test_another_version_of_jittor_is_refused():
+    code = ("import sys, importlib.metadata as m; d = m.distribution('jittor'); "
+            "m.distribution = lambda name: type('D', (), {'version': '1.3.9.14'}); sys.argv[:] = ['cuda_compat.py']; "
+            f"sys.path.insert(0, {str(SCRIPT.parent)!r}); import cuda_compat; sys.exit(cuda_compat.main())")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "the changes are for Jittor 1.3.11.0, installed is 1.3.9.14; pip install jittor==1.3.11.0" in result.stderr
+
+
+@pytest.mark.parametrize("header, dropped", [("helper_cuda.h", "computeMode"), ("cuda_limits.h", "npp.h")])
+def test_headers_compile_with_cuda_13_once_changed(header, dropped, package, tmp_path):
+    nvcc = cuda_toolkit.system_nvcc()
+    if not nvcc or cuda_toolkit.toolkit_version(nvcc) < 13:
+        pytest.skip("no nvcc of CUDA 13 or newer")
+    source = tmp_path / "headers.cu"
+    source.write_text(f'#include "{header}"\n')
+    # Behind the files of the copy, those which the changes are not about.
+    folders = [package / "jittor", Path(jittor_setup.jt.__file__).parent]
+    includes = [f"-I{folder / inner}" for folder in folders for inner in ("extern/cuda/inc", "src/misc", "src")]
+    command = [nvcc, "-std=c++17", "-DIS_CUDA", "-cuda", *includes, "-o", os.devnull, source]
+    before = subprocess.run(command, capture_output=True, text=True)
+    assert before.returncode != 0 and dropped in before.stderr, before.stderr
+    cuda_compat.apply()
+    after = subprocess.run(command, capture_output=True, text=True)
+    assert after.returncode == 0, after.stderr
+
+
+def fake_toolkit(folder, release, cudnn):
+    """A toolkit that says what it is, and no more."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "include").mkdir()
+    (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.48\n")
+    (folder / "bin" / "nvcc").chmod(0o755)
+    if cudnn:
+        (folder / "include" / "cudnn_version.h").write_text(f"#define CUDNN_MAJOR {cudnn}\n")
+    return str(folder / "bin" / "nvcc")
+
+
+@pytest.fixture
+def choose(tmp_path, monkeypatch):
+    """choose_cuda on a machine with so many GPUs and this system-wide nvcc. Returns the nvcc that Jittor gets."""
+    def choose(gpus, nvcc, chosen=None, driver=13):
+        monkeypatch.delenv("nvcc_path", raising=False)
+        if chosen is not None:
+            monkeypatch.setenv("nvcc_path", chosen)
+        monkeypatch.setattr(jittor_setup, "device_count", lambda: gpus)
+        monkeypatch.setattr(jittor_setup, "driver_version", lambda: driver)
+        monkeypatch.setattr(jittor_setup, "system_nvcc", lambda: nvcc)
+        jittor_setup.choose_cuda(tmp_path)
+        return os.environ["nvcc_path"]
+    return choose
+
+
+def test_nvcc_without_a_gpu_means_the_cpu(tmp_path, choose, capsys):
+    nvcc = fake_toolkit(tmp_path / "cuda", "12.4", 8)
+    assert choose(0, nvcc) == "" and "no CUDA GPU is usable: running on the CPU\n" in capsys.readouterr().err
+    assert choose(0, None) == "" and capsys.readouterr().err == ""
+    assert choose(1, nvcc, chosen="") == "" and capsys.readouterr().err == ""
+
+
+def test_a_gpu_without_nvcc_downloads_no_toolkit(choose, capsys):
+    assert choose(1, None) == "" and "no nvcc (pip install -r requirements-cuda.txt)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("release, cudnn, changed", [("12.4", 8, 0), ("12.4", 9, 7), ("13.0", 9, 7)])
+def test_jittor_is_changed_where_the_toolkit_needs_it(tmp_path, release, cudnn, changed, package, choose, capsys):
+    original = contents(package)
+    nvcc = fake_toolkit(tmp_path / "cuda", release, cudnn)
+    assert choose(1, nvcc) == nvcc
+    assert sum(path.read_text() != text for path, text in original.items()) == changed
+    assert (f"changed {changed} files of the installed Jittor" in capsys.readouterr().err) == bool(changed)
+    assert choose(1, nvcc) == nvcc and capsys.readouterr().err == ""
+
+
+def test_toolkits_that_cannot_be_used_mean_the_cpu(tmp_path, package, choose, monkeypatch, capsys):
+    monkeypatch.setattr(cuda_toolkit, "SYSTEM_INCLUDE", tmp_path)
+    assert choose(1, fake_toolkit(tmp_path / "without", "12.4", None)) == ""
+    assert "no cuDNN beside" in capsys.readouterr().err
+    (package / "jittor" / "compiler.py").write_text("something else")
+    assert choose(1, fake_toolkit(tmp_path / "cuda", "13.0", 9)) == ""
+    assert "compiler.py is not as Jittor 1.3.11.0 has it" in capsys.readouterr().err
+
+
+def test_a_toolkit_newer_than_the_driver_gives_way(tmp_path, package, choose, monkeypatch, capsys):
+    new, old = fake_toolkit(tmp_path / "new", "13.0", 9), fake_toolkit(tmp_path / "old", "12.4", 8)
+    monkeypatch.setattr(jittor_setup, "packaged_nvcc", lambda home: new)
+    assert choose(1, old, driver=13) == new and "changed 7 files" in capsys.readouterr().err
+    assert choose(1, old, driver=12) == old and capsys.readouterr().err == ""
+    assert choose(1, None, driver=12) == ""
+    assert "is of CUDA 13, the GPU's driver is for CUDA 12 at most" in capsys.readouterr().err
+
+
+def test_packages_of_nvidia_become_a_toolkit(tmp_path, monkeypatch):
+    """In pip's layout, and again after the environment that the links led to was replaced."""
+    files = {package: [] for package in cuda_toolkit.PACKAGES}
+    files["nvidia-cuda-nvcc"] = ["nvidia/cu13/bin/nvcc", "nvidia/cu13/bin/crt/link.stub"]
+    files["nvidia-cuda-runtime"] = ["nvidia/cu13/include/cuda_runtime.h", "nvidia/cu13/include/crt/host_defines.h",
+                                    "nvidia/cu13/lib/libcudart.so.13", "nvidia/cu13/lib/libcudadevrt.a"]
+    files["nvidia-cudnn-cu13"] = ["nvidia/cudnn/include/cudnn_version.h", "nvidia/cudnn/lib/libcudnn.so.9"]
+    for environment in ("old", "new"):
+        site = tmp_path / environment
+        for package, names in files.items():
+            info = site / f"{package.replace('-', '_')}-13.0.dist-info"
+            info.mkdir(parents=True)
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 13.0\n")
+            (info / "RECORD").write_text("".join(f"{name},,\n" for name in names))
+            for name in names:
+                (site / name).parent.mkdir(parents=True, exist_ok=True)
+                (site / name).write_text("#define CUDNN_MAJOR 9\n" if name.endswith("cudnn_version.h") else
+                                         f"#!/bin/sh\necho release 13.0 of {environment}\n")
+                (site / name).chmod(0o755)
+        monkeypatch.syspath_prepend(site)
+        nvcc = cuda_toolkit.packaged_nvcc(tmp_path)
+        root = Path(nvcc).parent.parent
+        assert f"of {environment}" in subprocess.run([nvcc], capture_output=True, text=True).stdout
+        assert cuda_toolkit.toolkit_version(nvcc) == 13 and cuda_toolkit.cudnn_version(nvcc) == 9
+        for name, target in (("include/crt/host_defines.h", "cu13/include/crt/host_defines.h"),
+                             ("lib64/libcudart.so", "cu13/lib/libcudart.so.13"), ("lib64/libcudadevrt.a", "cu13/lib/libcudadevrt.a"),
+                             ("lib64/libcudnn.so.9", "cudnn/lib/libcudnn.so.9")):
+            assert (root / name).resolve() == site / "nvidia" / target
+        shutil.rmtree(site)
+
+
+def test_an_incomplete_set_of_packages_is_no_toolkit(tmp_path, monkeypatch):
+    def files(package):
+        if package == "nvidia-cudnn-cu13":
+            raise metadata.PackageNotFoundError(package)
+        return []
+    monkeypatch.setattr(cuda_toolkit.metadata, "files", files)
+    assert cuda_toolkit.packaged_nvcc(tmp_path) is None
