@@ -5,6 +5,7 @@ written in the type of their tensor and summed in float32. Nothing is added atom
 from the queries whose window contains a pixel, so that a run can be repeated bit by bit.
 
 An offset into a whole tensor has 64 bits (n is int64); the pixels of one map, and the numbers of one row, fit in 32.
+tests/triton_run.py interprets the kernels on a CPU and tests/triton_compile.py compiles them; no GPU has run them yet.
 """
 import os
 
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 # Triton's interpreter runs the kernels on CPU tensors; the variable must be set before Triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # How many numbers a program sums at once: 8 registers for each of its 128 threads.
@@ -104,9 +105,11 @@ def grad_value_kernel(attn, grad_out, grad_value, H, W, tiles, reach, K: tl.cons
             query = (n * H + i) * W + j
             inside = (x < W) & (j <= last)
             a = tl.load(attn + (query * K + p) * K + q, mask=inside, other=0.0).to(tl.float32)
-            g = tl.load(grad_out + tl.expand_dims(query, 1) * dim + d, mask=tl.expand_dims(inside, 1) & (d < dim), other=0.0).to(tl.float32)
+            mask = tl.expand_dims(inside, 1) & (d < dim)
+            g = tl.load(grad_out + tl.expand_dims(query, 1) * dim + d, mask=mask, other=0.0).to(tl.float32)
             total += tl.expand_dims(a, 1) * g
-    tl.store(grad_value + tl.expand_dims((n * H + y) * W + x, 1) * dim + d, total, mask=tl.expand_dims(x < W, 1) & (d < dim))
+    mask = tl.expand_dims(x < W, 1) & (d < dim)
+    tl.store(grad_value + tl.expand_dims((n * H + y) * W + x, 1) * dim + d, total, mask=mask)
 
 
 class NA2dAV(torch.autograd.Function):
@@ -150,18 +153,18 @@ class NA2dAV(torch.autograd.Function):
 
 
 def na2d_av_triton(attn, value, kernel_size):
-    """`na2d_av` of CUDA tensors of float32, float16 or bfloat16; any strides; sums in float32.
+    """`na2d_av` of CUDA tensors of float32, float16 or bfloat16, of any strides, with sums in float32.
 
-    The result has the type that `attn @ value` would have: under autocast autocast's, whatever the two are, which the
-    kernels read as they are; else their own, which must be the same. A gradient has the type of its tensor.
+    The result has the type that `attn @ value` has: without autocast that of both, which must be the same; under
+    autocast autocast's, whatever the two are: the kernels read them as they are. A gradient has the type of its tensor.
 
     Raises:
-        ValueError: if a tensor is on a CPU (unless Triton interprets), has another type, or the types differ.
+        ValueError: if a tensor is not on a GPU (unless Triton interprets) or has another type.
+        RuntimeError: as `attn @ value`, if the types differ without autocast.
     """
     if not (attn.is_cuda and value.is_cuda or INTERPRETED):
-        raise ValueError(f"na2d_av: the Triton kernels need tensors on a GPU: attn on {attn.device}, value on {value.device}")
-    dtype = torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else value.dtype
-    if attn.dtype not in DTYPES or value.dtype not in DTYPES or attn.dtype != value.dtype and not torch.is_autocast_enabled():
-        raise ValueError(f"na2d_av: the Triton kernels take float32, float16 or bfloat16, of attn and value the same "
-                         f"without autocast: attn {attn.dtype}, value {value.dtype}")
+        raise ValueError(f"na2d_av: Triton needs tensors on a GPU: attn is on {attn.device}, value on {value.device}")
+    if not {attn.dtype, value.dtype} <= DTYPES:
+        raise ValueError(f"na2d_av: Triton takes float32, float16 or bfloat16: attn is {attn.dtype}, value {value.dtype}")
+    dtype = (attn.new_empty(0, 0) @ value.new_empty(0, 0)).dtype
     return NA2dAV.apply(attn.contiguous(), value.contiguous(), kernel_size, dtype)
