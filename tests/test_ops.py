@@ -172,28 +172,30 @@ def test_triton_kernels_compile(impl, tmp_path):
     run_triton(impl, "triton_compile.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
-@pytest.mark.parametrize("on_gpu, pixels, dtypes, natten, triton, chosen", [
-    (True, 196, {"float32"}, True, True, "natten"), (True, 3136, {"float32"}, True, True, "natten"),
-    (True, 400, {"float32"}, False, True, "dense"), (True, 401, {"float32"}, False, True, "triton"),
-    (True, 3136, {"float32", "float16"}, False, True, "triton"), (True, 3136, {"bfloat16"}, False, True, "triton"),
-    (True, 3136, {"float64"}, False, True, "dense"), (True, 3136, {"float32"}, False, False, "dense"),
-    (False, 3136, {"float32"}, True, True, "dense"), (False, 196, {"float32"}, True, True, "dense"),
-])
-def test_who_computes_na2d_av(impl, monkeypatch, on_gpu, pixels, dtypes, natten, triton, chosen):
+# (on a GPU, pixels, types of the tensors, NATTEN is installed, Triton is), who computes.
+CHOICES = [((True, 196, ["float32"], True, True), "natten"), ((True, 3136, ["float32"], True, True), "natten"),
+           ((True, 400, ["float32"], False, True), "dense"), ((True, 401, ["float32"], False, True), "triton"),
+           ((True, 3136, ["float32", "float16"], False, True), "triton"), ((True, 3136, ["bfloat16"], False, True), "triton"),
+           ((True, 3136, ["float64"], False, True), "dense"), ((True, 3136, ["float32"], False, False), "dense"),
+           ((False, 3136, ["float32"], True, True), "dense"), ((False, 196, ["float32"], True, True), "dense")]
+
+
+def test_who_computes_na2d_av(impl, monkeypatch):
     if impl.name != "torch":
         pytest.skip("only torch_impl has a choice")
-    dtypes = {getattr(impl.torch, name) for name in dtypes}
     kernels = SimpleNamespace(DTYPES={impl.torch.float32, impl.torch.float16, impl.torch.bfloat16})
-    monkeypatch.setattr(impl.ops, "natten_na2d_av", len if natten else None)
-    monkeypatch.setattr(impl.ops, "triton_kernels", lambda: kernels if triton else None)
-    assert impl.ops.choose_na2d_backend(on_gpu, pixels, dtypes) == chosen
+    for (on_gpu, pixels, dtypes, natten, triton), chosen in CHOICES:
+        monkeypatch.setattr(impl.ops, "natten_na2d_av", len if natten else None)
+        monkeypatch.setattr(impl.ops, "triton_kernels", lambda triton=triton: kernels if triton else None)
+        dtypes = {getattr(impl.torch, name) for name in dtypes}
+        assert impl.ops.choose_na2d_backend(on_gpu, pixels, dtypes) == chosen, (on_gpu, pixels, dtypes, natten, triton)
 
 
-@pytest.mark.parametrize("kernels, why", [(None, "Triton is not installed"), (SimpleNamespace(INTERPRETED=False), "need a GPU")])
-def test_triton_that_cannot_run(impl, monkeypatch, kernels, why):
+def test_triton_that_cannot_run(impl, monkeypatch):
     if impl.name != "torch":
         pytest.skip("only torch_impl has Triton kernels")
-    monkeypatch.setattr(impl.ops, "triton_kernels", lambda: kernels)
     monkeypatch.setattr(impl.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=why):
-        impl.ops.set_na2d_backend("triton")
+    for kernels, why in ((None, "Triton is not installed"), (SimpleNamespace(INTERPRETED=False), "need a GPU")):
+        monkeypatch.setattr(impl.ops, "triton_kernels", lambda kernels=kernels: kernels)
+        with pytest.raises(ValueError, match=why):
+            impl.ops.set_na2d_backend("triton")
