@@ -14,12 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ONLY_JITTOR_FILES = {"adamw.py", "aligned_nn.py", "fused.py", "jittor_setup.py"}
-MIRRORED = sorted(path.name for path in (ROOT / "torch_impl").glob("*.py"))
+ONLY_TORCH_FILES = {"na2d_av_triton.py"}
+MIRRORED = sorted({path.name for path in (ROOT / "torch_impl").glob("*.py")} - ONLY_TORCH_FILES)
 # What only one framework needs. Everything else must be in both.
 ONLY_JITTOR = {"ops.py": {"NA2dAV", "NA2dAV.execute(self, attn, value, kernel_size)", "NA2dAV.grad(self, grad_out)",
                           "NA2dAV.run(self, kernel, a, b, out_shape)", "launch(headers, code, inputs, shapes, data)",
                           "includes(names)", "with_data(code)"}}
-ONLY_TORCH = {"ops.py": {"set_na2d_backend(name)", "tiling(size, kernel_size, whole)",
+ONLY_TORCH = {"ops.py": {"triton_kernels()", "set_na2d_backend(name)", "choose_na2d_backend(on_gpu, pixels, dtypes)",
+                         "tiling(size, kernel_size, whole)",
                          "tile_indices(height, width, kernel_size, device)", "na2d_av_dense(attn, value, kernel_size)"}}
 SIZES = ["-b", "16", "--num-classes", "3", "--train-per-class", "12", "--val-per-class", "6"]
 
@@ -103,7 +105,7 @@ def test_help_lists_the_same_options(pythons):
         return {entry.split()[0]: " ".join(entry.split()) for entry in entries if entry.strip()}
 
     jittor, torch = options("jittor"), options("torch")
-    assert torch.pop("--na2d")  # NATTEN is a PyTorch extension
+    assert torch.pop("--na2d")  # NATTEN and Triton are PyTorch extensions
     assert jittor == torch
 
 

@@ -1,7 +1,11 @@
 """na2d_av against the reference values, its definition in float64, NATTEN, and bad shapes."""
+import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,3 +143,59 @@ def test_cuda_kernels_on_a_cpu(impl, tmp_path):
     subprocess.run(command, check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def run_triton(impl, script, *options, **environment):
+    """Run a script of this folder in a process of its own, in which Triton is imported anew."""
+    if impl.name != "torch":
+        pytest.skip("only torch_impl has Triton kernels")
+    if not importlib.util.find_spec("triton"):
+        pytest.skip("Triton is not installed")
+    command = [sys.executable, Path(__file__).parent / script, *options]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_triton_kernels_on_a_cpu(impl):
+    """Triton's interpreter runs them: their logic is tested where there is no GPU."""
+    run_triton(impl, "triton_run.py")
+
+
+def test_triton_kernels_on_a_gpu(impl):
+    if impl.name == "torch" and not impl.torch.cuda.is_available():
+        pytest.skip("PyTorch sees no GPU")
+    run_triton(impl, "triton_run.py", "cuda")
+
+
+def test_triton_kernels_compile(impl, tmp_path):
+    """With or without a GPU, the Triton kernels compile to machine code for A100 and H100."""
+    run_triton(impl, "triton_compile.py", TRITON_CACHE_DIR=str(tmp_path))
+
+
+# (on a GPU, pixels, types of the tensors, NATTEN is installed, Triton is), who computes.
+CHOICES = [((True, 196, ["float32"], True, True), "natten"), ((True, 3136, ["float32"], True, True), "natten"),
+           ((True, 400, ["float32"], False, True), "dense"), ((True, 401, ["float32"], False, True), "triton"),
+           ((True, 3136, ["float32", "float16"], False, True), "triton"), ((True, 3136, ["bfloat16"], False, True), "triton"),
+           ((True, 3136, ["float64"], False, True), "dense"), ((True, 3136, ["float32"], False, False), "dense"),
+           ((False, 3136, ["float32"], True, True), "dense"), ((False, 196, ["float32"], True, True), "dense")]
+
+
+def test_who_computes_na2d_av(impl, monkeypatch):
+    if impl.name != "torch":
+        pytest.skip("only torch_impl has a choice")
+    kernels = SimpleNamespace(DTYPES={impl.torch.float32, impl.torch.float16, impl.torch.bfloat16})
+    for (on_gpu, pixels, dtypes, natten, triton), chosen in CHOICES:
+        monkeypatch.setattr(impl.ops, "natten_na2d_av", len if natten else None)
+        monkeypatch.setattr(impl.ops, "triton_kernels", lambda triton=triton: kernels if triton else None)
+        dtypes = {getattr(impl.torch, name) for name in dtypes}
+        assert impl.ops.choose_na2d_backend(on_gpu, pixels, dtypes) == chosen, (on_gpu, pixels, dtypes, natten, triton)
+
+
+def test_triton_that_cannot_run(impl, monkeypatch):
+    if impl.name != "torch":
+        pytest.skip("only torch_impl has Triton kernels")
+    monkeypatch.setattr(impl.torch.cuda, "is_available", lambda: False)
+    for kernels, why in ((None, "Triton is not installed"), (SimpleNamespace(INTERPRETED=False), "need a GPU")):
+        monkeypatch.setattr(impl.ops, "triton_kernels", lambda kernels=kernels: kernels)
+        with pytest.raises(ValueError, match=why):
+            impl.ops.set_na2d_backend("triton")

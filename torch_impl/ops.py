@@ -1,7 +1,8 @@
 """Operators that PyTorch lacks: na2d_av, neighbourhood attention's product of weights and values.
 
-Two implementations of one function. NATTEN's is what the official OverLoCK calls; ours needs nothing but
-PyTorch. On a CPU ours is the default, because NATTEN's CPU backward takes most of a training step.
+Three implementations of one function. NATTEN's is what the official OverLoCK calls. Ours need nothing but PyTorch: a
+dense product, the default on a CPU, because NATTEN's CPU backward takes most of a training step; and, for large maps on
+a GPU, the Triton kernels of na2d_av_triton.py.
 """
 from functools import lru_cache
 
@@ -13,18 +14,49 @@ try:
 except ImportError:  # Windows, a PyTorch without a NATTEN build, or a NATTEN that dropped the unfused operators
     natten_na2d_av = None
 
-BACKENDS = ("auto", "natten", "dense")
+BACKENDS = ("auto", "natten", "dense", "triton")
 _backend = "auto"
 
 
+@lru_cache(maxsize=None)
+def triton_kernels():
+    """The module na2d_av_triton, imported when it is first needed; None where Triton is not installed."""
+    try:
+        import na2d_av_triton
+    except ImportError:  # Windows, macOS, a PyTorch for CPUs
+        return None
+    return na2d_av_triton
+
+
 def set_na2d_backend(name):
-    """Choose who computes `na2d_av` from now on: "natten", "dense" (ours) or "auto" (NATTEN on a GPU if installed)."""
+    """Choose who computes `na2d_av` from now on: "natten", "dense", "triton" or "auto" (see `choose_na2d_backend`).
+
+    Raises:
+        ValueError: if it is none of these, is not installed, or needs a GPU where there is none.
+    """
     global _backend
     if name not in BACKENDS:
         raise ValueError(f"na2d backend {name!r} is not one of {', '.join(BACKENDS)}")
     if name == "natten" and natten_na2d_av is None:
         raise ValueError("NATTEN is not installed (pip install --no-build-isolation -r requirements-natten.txt)")
+    if name == "triton" and triton_kernels() is None:
+        raise ValueError("Triton is not installed; it comes with a PyTorch for GPUs on Linux")
+    if name == "triton" and not (torch.cuda.is_available() or triton_kernels().INTERPRETED):
+        raise ValueError("the Triton kernels need a GPU and PyTorch sees none")
     _backend = name
+
+
+def choose_na2d_backend(on_gpu, pixels, dtypes):
+    """Who computes `na2d_av` when the backend is "auto": "natten", "triton" or "dense".
+
+    Args:
+        on_gpu: where the tensors are; pixels: of a map, H * W; dtypes: the set of the tensors' types.
+    """
+    if on_gpu and natten_na2d_av is not None:
+        return "natten"
+    if on_gpu and pixels > WHOLE_MAP and triton_kernels() is not None and dtypes <= triton_kernels().DTYPES:
+        return "triton"
+    return "dense"
 
 
 def check_na2d_av(attn_shape, value_shape, kernel_size):
@@ -56,8 +88,13 @@ def na2d_av(attn, value, kernel_size):
         ValueError: on shapes that do not fit together; the message names them.
     """
     check_na2d_av(attn.shape, value.shape, kernel_size)
-    if _backend == "natten" or _backend == "auto" and natten_na2d_av is not None and value.is_cuda:
+    backend = _backend
+    if backend == "auto":
+        backend = choose_na2d_backend(value.is_cuda, value.shape[2] * value.shape[3], {attn.dtype, value.dtype})
+    if backend == "natten":
         return natten_na2d_av(attn.contiguous(), value.contiguous(), kernel_size)
+    if backend == "triton":
+        return triton_kernels().na2d_av_triton(attn, value, kernel_size)
     return na2d_av_dense(attn, value, kernel_size)
 
 

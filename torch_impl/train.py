@@ -71,7 +71,8 @@ def make_parser():
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one")
     add("--no-progress", action="store_true", help="print one line per epoch and nothing between")
     add("--na2d", choices=ops.BACKENDS, default="auto",
-        help="who computes na2d_av: NATTEN, our dense product, or auto: NATTEN on a GPU if installed, else dense")
+        help="who computes na2d_av: NATTEN, our dense product, our Triton kernels, or auto: on a GPU NATTEN if installed, "
+        "else Triton for large maps; else dense")
     return parser
 
 
