@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ONLY_JITTOR_FILES = {"adamw.py", "aligned_nn.py", "fused.py", "jittor_setup.py"}
+ONLY_JITTOR_FILES = {"adamw.py", "aligned_nn.py", "cuda_compat.py", "cuda_toolkit.py", "fused.py", "jittor_setup.py"}
 ONLY_TORCH_FILES = {"na2d_av_triton.py"}
 MIRRORED = sorted({path.name for path in (ROOT / "torch_impl").glob("*.py")} - ONLY_TORCH_FILES)
 # What only one framework needs. Everything else must be in both.

@@ -234,6 +234,8 @@ def run_training(args, files):
     device_name = choose_device(args)
     try:
         ops.set_na2d_backend(args.na2d)
+        if args.na2d == "triton" and args.device == "cpu":
+            raise ValueError("the Triton kernels need a GPU; give --device cuda")
     except ValueError as error:
         raise InputError(f"--na2d {args.na2d}: {error}") from None
     if args.resume == Path():
