@@ -20,8 +20,9 @@ def read(folder):
 
 
 def accuracies(logs):
-    """A row for each run, and the mean and standard deviation of each framework with several."""
+    """A row for each run, and the mean and standard deviation of each framework with several; late: mean of epochs 11 to 20."""
     rows = [dict(run=framework, seed=seed, final_top1=log.acc_top1.iloc[-1], final_top5=log.acc_top5.iloc[-1],
+                 late_top1=log.acc_top1.iloc[10:].mean(), late_top5=log.acc_top5.iloc[10:].mean(),
                  best_top1=log.acc_top1.max(), best_top5=log.acc_top5.max(), train_loss=log.train_loss.iloc[-1],
                  minutes=log.epoch_time.sum()) for (framework, seed), log in logs.items()]
     table = pd.DataFrame(rows)
