@@ -17,7 +17,8 @@ ONLY_JITTOR_FILES = {"adamw.py", "aligned_nn.py", "fused.py", "jittor_setup.py"}
 MIRRORED = sorted(path.name for path in (ROOT / "torch_impl").glob("*.py"))
 # What only one framework needs. Everything else must be in both.
 ONLY_JITTOR = {"ops.py": {"NA2dAV", "NA2dAV.execute(self, attn, value, kernel_size)", "NA2dAV.grad(self, grad_out)",
-                          "NA2dAV.run(self, kernel, a, b, out_shape)", "launch(headers, code, inputs, shapes, data)",
+                          "NA2dAV.run(self, kernel, a, b, out_shape)", "launch(headers, code, inputs, shapes, data, dtypes=None)",
+                          "check_types(name, *inputs)", "cast(x, dtype)",
                           "includes(names)", "with_data(code)"}}
 ONLY_TORCH = {"ops.py": {"set_na2d_backend(name)", "tiling(size, kernel_size, whole)",
                          "tile_indices(height, width, kernel_size, device)", "na2d_av_dense(attn, value, kernel_size)"}}
