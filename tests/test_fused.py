@@ -10,6 +10,7 @@ import contmix
 import numpy as np
 import ops
 import pytest
+import test_ops
 from adamw import AdamW
 from aligned_nn import BatchNorm2d, Conv2d, Sequential, grn
 from jittor_setup import jt
@@ -108,6 +109,16 @@ def test_depthwise_convolution(shape, K, dilation, bias, residual):
     assert error(grads[1], grad_weight) < 5e-6
     if bias:
         assert error(grads[2], grad_y.astype(np.float64).sum((0, 2, 3))) < 5e-6
+
+
+@pytest.mark.parametrize("K, dilation, bias, residual", [(3, 1, True, True), (7, 2, False, False)])
+def test_depthwise_convolution_of_cpu_and_gpu(K, dilation, bias, residual, kernels):
+    test_depthwise_convolution((2, 3, 7, 11), K, dilation, bias, residual)
+
+
+@pytest.mark.parametrize("shape, K", [((1, 2, 9, 10, 3), 5), ((2, 1, 8, 17, 5), 3)])  # one thread a number, and in tiles
+def test_na2d_av_of_cpu_and_gpu(impl, shape, K, kernels):
+    test_ops.test_definition_in_float64(impl, shape, K)
 
 
 def softmax(x):
