@@ -34,7 +34,7 @@ def na2d_av(attn, value, kernel_size):
     where r(i) = clamp(i - K//2, 0, H - K) and c(j) likewise: at the borders the window is shifted, not clipped.
 
     Args:
-        attn: (B, heads, H, W, K*K) weights; value: (B, heads, H, W, dim); kernel_size: K, odd, at most min(H, W).
+        attn: (B, heads, H, W, K*K) weights; value: (B, heads, H, W, dim), of the same type; kernel_size: K, odd, at most min(H, W).
     Returns:
         (B, heads, H, W, dim), differentiable in attn and value.
     Raises:

@@ -143,7 +143,8 @@ static void norms(int B, int C, int P, int chunks, float mean) {
         y.compare("batch_norm y", limit);
         new_mean.compare("running mean");
         new_var.compare("running variance");
-        overlock::batch_norm_backward(x.f(), weight.f(), m.f(), inv.f(), grad_y.f(), grad_x.f(), grad_weight.f(), grad_bias.f(), B, C, P);
+        overlock::batch_norm_backward(x.f(), weight.f(), m.f(), inv.f(), grad_y.f(), grad_x.f(), grad_weight.f(),
+                                      grad_bias.f(), B, C, P);
         overlock::batch_norm_backward<T, Param>(x, weight, m, inv, grad_y, grad_x, grad_weight, grad_bias, scratch.data(),
                                                 B, C, P, chunks, 0);
         grad_x.compare("batch_norm grad_x", limit);
@@ -154,7 +155,8 @@ static void norms(int B, int C, int P, int chunks, float mean) {
     overlock::channel_norm(x.f(), weight.f(), bias.f(), y.f(), m.f(), inv.f(), B, C, P, 1e-6);
     overlock::channel_norm<T, Param>(x, weight, bias, y, m, inv, B, C, P, 1e-6, 0);
     y.compare("channel_norm y", limit);
-    overlock::channel_norm_backward(x.f(), weight.f(), m.f(), inv.f(), grad_y.f(), grad_x.f(), grad_weight.f(), grad_bias.f(), B, C, P);
+    overlock::channel_norm_backward(x.f(), weight.f(), m.f(), inv.f(), grad_y.f(), grad_x.f(), grad_weight.f(),
+                                    grad_bias.f(), B, C, P);
     overlock::channel_norm_backward<T, Param>(x, weight, m, inv, grad_y, grad_x, grad_weight, grad_bias, scratch.data(),
                                               B, C, P, chunks, 0);
     grad_x.compare("channel_norm grad_x", limit);
@@ -204,6 +206,7 @@ int main() {
         depthwise<float>(2, 1, 16, 16, 13, 1);
         depthwise<float>(1, 1, 7, 18, 17, 1);
         depthwise<float>(18, 1, 2, 3, 19, 1);
+        depthwise<float>(1, 1, 3, 5, 31, 1);
         na2d_av<float>(2, 9, 9, 9, 12);
         na2d_av<float>(3, 7, 11, 5, 3);
         na2d_av<float>(2, 14, 15, 7, 18);

@@ -1,7 +1,8 @@
 """Jittor's layers with PyTorch's arithmetic, against float64 NumPy where Jittor's own go wrong."""
 import numpy as np
+import ops
 import pytest
-from aligned_nn import BatchNorm2d, adaptive_avg_pool2d, bilinear_matrix, channel_norm, interpolate, pooling_matrix
+from aligned_nn import BatchNorm2d, Conv2d, adaptive_avg_pool2d, bilinear_matrix, channel_norm, interpolate, pooling_matrix
 from jittor_setup import jt
 
 
@@ -112,3 +113,26 @@ def test_channel_norm(ratio, kernels):
     assert error(out.numpy(), normal * gamma + bias.reshape(1, -1, 1, 1)) < limit
     for actual, wanted in zip(grads, (grad_x, (w * normal).sum((0, 2, 3)), w.sum((0, 2, 3)))):
         assert error(actual, wanted) < limit
+
+
+@pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
+def test_half_precision(kernels, monkeypatch):
+    """As on a GPU: a map of float16, parameters of float32; a loss in float32. Each result is off by its rounding alone."""
+    monkeypatch.setitem(ops.TYPES, 0, ops.TYPES[1])
+    generator = np.random.default_rng(0)
+    x, w = ((generator.standard_normal((4, 3, 5, 7))).astype(np.float16) for _ in range(2))
+    norm, conv, results = BatchNorm2d(3), Conv2d(3, 3, 3, padding=1, groups=3), []
+    conv.weight.update(conv.weight.float16().float32())  # exact in both
+    norm.train()
+    for dtype in ("float16", "float32"):
+        var = jt.array(x).cast(dtype)
+        for layer in (norm, lambda x: conv.depthwise(x, True)):
+            out = layer(var)
+            assert out.dtype == dtype
+            grads = jt.grad((out.float32() * jt.array(w).float32()).sum(), [var, norm.weight, conv.weight])
+            assert [g.dtype for g in grads] == [dtype, "float32", "float32"]
+            results.append([v.float32().numpy() for v in (out, *grads)])
+    assert norm.running_mean.dtype == norm.running_var.dtype == "float32"
+    for half, single in zip(results[:2], results[2:]):
+        for actual, expected in zip(half, single):
+            assert np.abs(actual - expected).max() <= (2**-11 + 5e-6) * np.abs(expected).max()

@@ -282,8 +282,15 @@ np.savez(sys.argv[1], output["main"].numpy(), *[v.numpy() for v in [*grads, *par
 
 
 def test_other_types_are_refused():
-    with pytest.raises(ValueError, match="float32"):
+    with pytest.raises(ValueError, match="kernels are for float32, got float16, float32, float32; use x.float32"):
         grn(jt.zeros((1, 2, 3, 3)).float16(), jt.zeros((1, 2, 1, 1)), jt.zeros((1, 2, 1, 1)))
+    with pytest.raises(ValueError, match="attn and value must be of one type, got float16, float32"):
+        ops.na2d_av(jt.zeros((1, 2, 3, 3, 9)).float16(), jt.zeros((1, 2, 3, 3, 4)), 3)
+    norm = BatchNorm2d(2)
+    norm.train()
+    norm.running_mean, norm.running_var = norm.running_mean.float16(), norm.running_var.float16()
+    with pytest.raises(ValueError, match="statistics must be float32"):
+        norm(jt.zeros((1, 2, 3, 3)))
 
 
 def test_shapes_that_do_not_fit_are_refused():

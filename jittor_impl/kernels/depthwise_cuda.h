@@ -4,6 +4,7 @@
 // shared memory serves several multiply-adds. Undilated, neighbours share all but one value: 2 loads to 4 multiply-adds
 // forward, 11 to 16 for the taps, where a number to a thread takes 2 to each. Include cuda_launch.h before it.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 namespace overlock {
@@ -78,7 +79,8 @@ __global__ void depthwise_grad_weight_kernel(const T* __restrict__ x, const T* _
                 load_tile(grad_y + start, H, W, top, left, DEPTHWISE_SIDE, grad);
                 __syncthreads();
                 for (int pixel = group * STRIP; group < groups && pixel < DEPTHWISE_PIXELS; pixel += groups * STRIP) {
-                    const float *g = grad + pixel, *row = tile + (pixel / DEPTHWISE_SIDE + p * dilation) * side + pixel % DEPTHWISE_SIDE;
+                    const int i = pixel / DEPTHWISE_SIDE, j = pixel % DEPTHWISE_SIDE;
+                    const float *g = grad + pixel, *row = tile + (i + p * dilation) * side + j;
                     if (strip == strips) {
                         for (int t = 0; t < STRIP; t++) sum[0] += g[t];
                     } else if (dilation == 1) {
@@ -131,10 +133,10 @@ void depthwise(const T* x, const T* weight, const T* bias, T* y, int B, int C, i
 template <typename T>
 void depthwise_grad_weight(const T* x, const T* grad_y, T* grad_weight, T* grad_bias, float* partial, int B, int C, int H, int W,
                            int K, int dilation, int chunks, cudaStream_t stream) {
-    const int side = DEPTHWISE_SIDE + 2 * dilation * (K / 2), tiles = side * side + DEPTHWISE_PIXELS, results = TAP_THREADS * STRIP;
+    const int side = DEPTHWISE_SIDE + 2 * dilation * (K / 2), tiles = side * side + DEPTHWISE_PIXELS;
+    const size_t bytes = std::max(tiles, TAP_THREADS * STRIP) * sizeof(float);
     const dim3 grid(C, chunks);
-    OVERLOCK_LAUNCH(depthwise_grad_weight_kernel, grid, TAP_THREADS, (tiles > results ? tiles : results) * sizeof(float), stream,
-                    x, grad_y, partial, B, C, H, W, K, dilation);
+    OVERLOCK_LAUNCH(depthwise_grad_weight_kernel, grid, TAP_THREADS, bytes, stream, x, grad_y, partial, B, C, H, W, K, dilation);
     OVERLOCK_LAUNCH(depthwise_sum_kernel, blocks_of(C * (K * K + 1), TAP_THREADS), TAP_THREADS, 0, stream,
                     partial, grad_weight, grad_bias, chunks, C, K * K);
 }

@@ -51,8 +51,8 @@ __global__ void grn_dots_kernel(const T* __restrict__ x, const T* __restrict__ g
 // A block for each image; images (B, 2): 1 / (mean of the norms + 1e-6), and d loss / d norm through that mean, negative, given
 // the dots; without dots 0.
 template <typename Param>
-__global__ void grn_images_kernel(const float* __restrict__ norms, const float* __restrict__ dots, const Param* __restrict__ gamma,
-                                  float* __restrict__ images, int C) {
+__global__ void grn_images_kernel(const float* __restrict__ norms, const float* __restrict__ dots,
+                                  const Param* __restrict__ gamma, float* __restrict__ images, int C) {
     OVERLOCK_SHARED(shared);
     const int64_t start = (int64_t)blockIdx.x * C;
     float total = 0, weighted = 0;

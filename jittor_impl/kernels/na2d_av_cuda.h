@@ -7,7 +7,7 @@
 
 namespace overlock {
 
-// One thread computes one number, two loads to a multiply-add: for any shape.
+// For any shape: one thread computes one number, with two loads to a multiply-add.
 
 template <typename T>
 __global__ void na2d_av_forward_kernel(const T* __restrict__ attn, const T* __restrict__ value,
@@ -127,7 +127,8 @@ __global__ void na2d_av_forward_tiled_kernel(const T* __restrict__ attn, const T
     for (int t = 0; t < NA2D_STRIP; t++) shift[t] = tile.j + t < W ? window_start(tile.j + t, W, K) - reach.first : reach.count;
     for (int p = 0; p < K; p++)
         for (int x = 0; x < reach.count; x++) {
-            const float* v = shared + ((row + p - rows.first) * cols.count + reach.first + x - cols.first) * tile.step + tile.channel;
+            const int pixel = (row + p - rows.first) * cols.count + reach.first + x - cols.first;
+            const float* v = shared + pixel * tile.step + tile.channel;
             for (int t = 0; t < NA2D_STRIP; t++) {
                 const int q = x - shift[t];
                 const float w = q >= 0 && q < K ? (float)weights[(t * K + p) * K + q] : 0;

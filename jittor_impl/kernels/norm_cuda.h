@@ -3,7 +3,7 @@
 // Sums over a channel are cut into chunks: a thread sums a few values, a block its threads pairwise (cuda_sum.h), and a second
 // kernel the chunks in double. So one channel keeps many blocks busy, no sum has more than some dozens of roundings in a row,
 // and the order is one of the shape alone. Means are summed as differences from a value of the same channel, so that a mean
-// far from 0 costs no digits; variances about the mean. Include cuda_launch.h and cuda_sum.h before it.
+// far from 0 costs no digits; variances about the mean, in a second pass that finds its chunk in the cache. Include cuda_launch.h and cuda_sum.h before it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -68,9 +68,9 @@ __global__ void batch_norm_statistics_kernel(
 }
 
 template <typename T, typename Param>
-__global__ void batch_norm_apply_kernel(const T* __restrict__ x, const Param* __restrict__ weight, const Param* __restrict__ bias,
-                                        const float* __restrict__ mean, const float* __restrict__ inv_std, T* __restrict__ y,
-                                        int C, int P, int count) {
+__global__ void batch_norm_apply_kernel(const T* __restrict__ x, const Param* __restrict__ weight,
+                                        const Param* __restrict__ bias, const float* __restrict__ mean,
+                                        const float* __restrict__ inv_std, T* __restrict__ y, int C, int P, int count) {
     const int c = blockIdx.x;
     const Chunk chunk(count, blockIdx.y, gridDim.y);
     const float m = mean[c], scale = (float)weight[c] * inv_std[c], shift = bias[c];
@@ -123,9 +123,9 @@ __global__ void norm_grad_totals_kernel(float* sums, Param* __restrict__ grad_we
 }
 
 template <typename T, typename Param>
-__global__ void batch_norm_grad_x_kernel(const T* __restrict__ x, const Param* __restrict__ weight, const float* __restrict__ mean,
-                                         const float* __restrict__ inv_std, const float* __restrict__ totals,
-                                         const T* __restrict__ grad_y, T* __restrict__ grad_x, int C, int P, int count) {
+__global__ void batch_norm_grad_x_kernel(const T* __restrict__ x, const Param* __restrict__ weight,
+                                         const float* __restrict__ mean, const float* __restrict__ inv_std,
+                                         const float* __restrict__ totals, const T* __restrict__ grad_y, T* __restrict__ grad_x, int C, int P, int count) {
     const int c = blockIdx.x;
     const Chunk chunk(count, blockIdx.y, gridDim.y);
     const float m = mean[c], inv = inv_std[c], scale = (float)weight[c] * inv;
@@ -209,16 +209,23 @@ void batch_norm(const T* x, const Param* weight, const Param* bias, const float*
     OVERLOCK_LAUNCH(batch_norm_apply_kernel, grid, SUM_THREADS, 0, stream, x, weight, bias, mean, inv_std, y, C, P, count);
 }
 
+template <typename T, typename Param>
+void norm_grad_parameters(const T* x, const T* grad_y, const float* mean, const float* inv_std, bool per_pixel, float* sums,
+                          Param* grad_weight, Param* grad_bias, int C, int P, int count, int chunks, cudaStream_t stream) {
+    OVERLOCK_LAUNCH(norm_grad_sums_kernel, dim3(C, chunks), SUM_THREADS, SUM_BYTES, stream,
+                    x, grad_y, mean, inv_std, per_pixel, sums, C, P, count);
+    OVERLOCK_LAUNCH(norm_grad_totals_kernel, blocks_of(C, SUM_THREADS), SUM_THREADS, 0, stream,
+                    sums, grad_weight, grad_bias, C, chunks);
+}
+
 // sums: scratch memory, (chunks + 1, C, 2).
 template <typename T, typename Param>
 void batch_norm_backward(const T* x, const Param* weight, const float* mean, const float* inv_std, const T* grad_y,
                          T* grad_x, Param* grad_weight, Param* grad_bias, float* sums, int B, int C, int P, int chunks,
                          cudaStream_t stream) {
     const int count = B * P;
-    const dim3 grid(C, chunks);
-    OVERLOCK_LAUNCH(norm_grad_sums_kernel, grid, SUM_THREADS, SUM_BYTES, stream, x, grad_y, mean, inv_std, false, sums, C, P, count);
-    OVERLOCK_LAUNCH(norm_grad_totals_kernel, blocks_of(C, SUM_THREADS), SUM_THREADS, 0, stream, sums, grad_weight, grad_bias, C, chunks);
-    OVERLOCK_LAUNCH(batch_norm_grad_x_kernel, grid, SUM_THREADS, 0, stream, x, weight, mean, inv_std,
+    norm_grad_parameters(x, grad_y, mean, inv_std, false, sums, grad_weight, grad_bias, C, P, count, chunks, stream);
+    OVERLOCK_LAUNCH(batch_norm_grad_x_kernel, dim3(C, chunks), SUM_THREADS, 0, stream, x, weight, mean, inv_std,
                     sums + (int64_t)chunks * C * 2, grad_y, grad_x, C, P, count);
 }
 
@@ -235,9 +242,7 @@ void channel_norm_backward(const T* x, const Param* weight, const float* mean, c
                            T* grad_x, Param* grad_weight, Param* grad_bias, float* sums, int B, int C, int P, int chunks,
                            cudaStream_t stream) {
     const int count = B * P;
-    const dim3 grid(C, chunks);
-    OVERLOCK_LAUNCH(norm_grad_sums_kernel, grid, SUM_THREADS, SUM_BYTES, stream, x, grad_y, mean, inv_std, true, sums, C, P, count);
-    OVERLOCK_LAUNCH(norm_grad_totals_kernel, blocks_of(C, SUM_THREADS), SUM_THREADS, 0, stream, sums, grad_weight, grad_bias, C, chunks);
+    norm_grad_parameters(x, grad_y, mean, inv_std, true, sums, grad_weight, grad_bias, C, P, count, chunks, stream);
     OVERLOCK_LAUNCH(channel_norm_grad_x_kernel, blocks_of(count, NORM_PIXELS), SUM_THREADS, SUM_BYTES, stream,
                     x, weight, mean, inv_std, grad_y, grad_x, C, P, count);
 }
