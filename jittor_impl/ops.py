@@ -34,7 +34,8 @@ def na2d_av(attn, value, kernel_size):
     where r(i) = clamp(i - K//2, 0, H - K) and c(j) likewise: at the borders the window is shifted, not clipped.
 
     Args:
-        attn: (B, heads, H, W, K*K) weights; value: (B, heads, H, W, dim), of the same type; kernel_size: K, odd, at most min(H, W).
+        attn: (B, heads, H, W, K*K) weights; value: (B, heads, H, W, dim), of the same type; kernel_size: K, odd, at most
+            min(H, W).
     Returns:
         (B, heads, H, W, dim), differentiable in attn and value.
     Raises:
@@ -91,7 +92,8 @@ def launch(headers, code, inputs, shapes, data, dtypes=None):
     """
     types = TYPES[jt.flags.use_cuda]
     if any(x.dtype not in types for x in inputs):
-        raise ValueError(f"the kernels are for {', '.join(types)}, got {', '.join(str(x.dtype) for x in inputs)}; use x.float32()")
+        got = ", ".join(str(x.dtype) for x in inputs)
+        raise ValueError(f"the kernels are for {', '.join(types)}, got {got}; use x.float32()")
     dtypes = dtypes or [inputs[0].dtype] * len(shapes)
     return jt.code(shapes, dtypes, inputs, cpu_header=includes(headers[0]), cpu_src=with_data(code[0]),
                    cuda_header=includes(headers[1]), cuda_src=with_data(code[1]), data=data)

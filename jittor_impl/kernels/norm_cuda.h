@@ -3,7 +3,8 @@
 // Sums over a channel are cut into chunks: a thread sums a few values, a block its threads pairwise (cuda_sum.h), and a second
 // kernel the chunks in double. So one channel keeps many blocks busy, no sum has more than some dozens of roundings in a row,
 // and the order is one of the shape alone. Means are summed as differences from a value of the same channel, so that a mean
-// far from 0 costs no digits; variances about the mean, in a second pass that finds its chunk in the cache. Include cuda_launch.h and cuda_sum.h before it.
+// far from 0 costs no digits; variances about the mean, in a second pass that finds its chunk in the cache.
+// Include cuda_launch.h and cuda_sum.h before it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -125,7 +126,8 @@ __global__ void norm_grad_totals_kernel(float* sums, Param* __restrict__ grad_we
 template <typename T, typename Param>
 __global__ void batch_norm_grad_x_kernel(const T* __restrict__ x, const Param* __restrict__ weight,
                                          const float* __restrict__ mean, const float* __restrict__ inv_std,
-                                         const float* __restrict__ totals, const T* __restrict__ grad_y, T* __restrict__ grad_x, int C, int P, int count) {
+                                         const float* __restrict__ totals, const T* __restrict__ grad_y,
+                                         T* __restrict__ grad_x, int C, int P, int count) {
     const int c = blockIdx.x;
     const Chunk chunk(count, blockIdx.y, gridDim.y);
     const float m = mean[c], inv = inv_std[c], scale = (float)weight[c] * inv;
