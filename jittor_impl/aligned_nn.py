@@ -10,10 +10,11 @@ import numpy as np
 import fused
 from jittor_setup import jt
 from jittor import nn
+from ops import TYPES, cast
 
 
 def on_cpu():
-    """Whether the CPU kernels of fused.py are to be used; on a GPU the same formulas run as Jittor's operators."""
+    """Whether a kernel that fused.py has for the CPU alone is to be used; on a GPU its formula runs as Jittor's operators."""
     return not jt.flags.use_cuda
 
 
@@ -76,8 +77,9 @@ class Conv2d(nn.Conv2d):
 
     def depthwise(self, x, residual):
         """The depthwise convolution of x, plus x itself if `residual`; for one that `keeps_size`."""
-        if x.dtype == "float32" and (on_cpu() or fused.fits_gpu(self.kernel_size[0], self.dilation[0])):
-            return fused.DepthwiseConv.apply(x, self.weight, self.bias, self.dilation[0], residual)
+        if x.dtype in TYPES[jt.flags.use_cuda] and (on_cpu() or fused.fits_gpu(self.kernel_size[0], self.dilation[0])):
+            weight, bias = (None if v is None else cast(v, x.dtype) for v in (self.weight, self.bias))
+            return fused.DepthwiseConv.apply(x, weight, bias, self.dilation[0], residual)
         return x + super().execute(x) if residual else super().execute(x)
 
 
@@ -104,16 +106,7 @@ class BatchNorm2d(nn.Module):
         if count < 2:
             raise ValueError(f"BatchNorm2d in training needs more than one value per channel, got shape {x.shape}")
         self.num_batches_tracked.update(self.num_batches_tracked + 1)
-        if on_cpu():
-            return fused.BatchNorm.apply(x, self.weight, self.bias, self)
-        mean = x.mean((0, 2, 3), keepdims=True)  # (1, C, 1, 1)
-        centred = x - mean
-        var = (centred * centred).mean((0, 2, 3), keepdims=True)  # (1, C, 1, 1)
-        unbiased = var.reshape(-1) * (count / (count - 1))  # (1, C, 1, 1) -> (C,)
-        self.running_mean.update(self.running_mean + (mean.reshape(-1) - self.running_mean) * self.momentum)
-        self.running_var.update(self.running_var + (unbiased - self.running_var) * self.momentum)
-        scale = self.weight.reshape(1, -1, 1, 1) / jt.sqrt(var + self.eps)
-        return centred * scale + self.bias.reshape(1, -1, 1, 1)
+        return fused.BatchNorm.apply(x, self.weight, self.bias, self)
 
 
 class LayerNorm(nn.Module):
@@ -128,20 +121,12 @@ class LayerNorm(nn.Module):
 
 def channel_norm(x, weight, bias, eps):
     """Normalise each pixel over its channels: torch's layer_norm on the axis C of x, in two passes."""
-    if on_cpu():
-        return fused.ChannelNorm.apply(x, weight, bias, eps)
-    centred = x - x.mean(1, keepdims=True)  # (B, C, H, W)
-    var = (centred * centred).mean(1, keepdims=True)  # (B, 1, H, W)
-    return centred / jt.sqrt(var + eps) * weight.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
+    return fused.ChannelNorm.apply(x, weight, bias, eps)
 
 
 def grn(x, gamma, beta):
     """Global Response Normalization. Where a channel is 0 its norm's gradient is 0, as in PyTorch, not NaN."""
-    if on_cpu():
-        return fused.GRN.apply(x, gamma, beta)
-    gx = jt.sqrt(jt.maximum((x * x).sum((2, 3), keepdims=True), 1e-30))  # (B, C, 1, 1)
-    nx = gx / (gx.mean(1, keepdims=True) + 1e-6)
-    return (gamma * nx + 1) * x + beta
+    return fused.GRN.apply(x, gamma, beta)
 
 
 class AdaptiveAvgPool2d(nn.Module):

@@ -1,16 +1,20 @@
 """Layers as single kernels, forward and backward: what Jittor would compile as dozens of operators.
 
 Fewer operators are fewer minutes of compiling at the first run and fewer passes over memory at every other. The kernels are
-files under kernels/; all are for the CPU, that of the depthwise convolution for the GPU too.
+files under kernels/; all are for the CPU, those of the depthwise convolution and of the norms for the GPU too. There, scratch
+memory of a kernel is one more output, of a size that depends on the shapes alone.
 """
 from jittor_setup import jt
 from jittor import nn
-from ops import launch
+from ops import cast, check_types, launch
 
 
 def call(headers, code, inputs, shapes, data):
     """`launch` on the CPU alone."""
     return launch((headers, ()), (code, ""), inputs, shapes, data)
+
+
+NO_BIAS = "(in0_type*)nullptr"
 
 
 class DepthwiseConv(jt.Function):
@@ -19,21 +23,23 @@ class DepthwiseConv(jt.Function):
     headers = ("lanes.h", "inference_cpu.h", "depthwise_cpu.h"), ("cuda_launch.h", "depthwise_cuda.h")
 
     def execute(self, x, weight, bias, dilation, residual):
+        check_types("DepthwiseConv: x, weight and bias", x, weight, *([] if bias is None else [bias]))
         self.x, self.weight, self.has_bias, self.residual = x, weight, bias is not None, residual
         self.data = dict(zip(("B", "C", "H", "W"), x.shape), K=weight.shape[2], dilation=dilation)
         inputs = [x, weight] + ([bias] if self.has_bias else [])
-        return self.convolve(inputs, "in2_p" if self.has_bias else "nullptr", flip=False)
+        return self.convolve(inputs, "in2_p" if self.has_bias else NO_BIAS, flip=False)
 
     def grad(self, grad_y):
-        grad_x = self.convolve([grad_y, self.weight], "nullptr", flip=True)
+        grad_y = cast(grad_y, self.x.dtype)
+        grad_x = self.convolve([grad_y, self.weight], NO_BIAS, flip=True)
         C, taps, chunks = self.data["C"], self.data["K"]**2, min(self.data["B"], 16)
-        # The third output is scratch memory of the GPU's kernel.
         shapes = [self.weight.shape, (C if self.has_bias else 0,), (chunks, C, taps + 1)]
-        bias = "out1_p" if self.has_bias else "nullptr"
+        dtypes = [self.x.dtype, self.x.dtype, "float32"]
+        bias = "out1_p" if self.has_bias else NO_BIAS
         code = f"overlock::depthwise_grad_weight(in0_p, in1_p, out0_p, {bias}, "
         grads = launch(self.headers, (f"{code}$B, $C, $H, $W, $K, $dilation);",
                                       f"{code}out2_p, $B, $C, $H, $W, $K, $dilation, $chunks, 0);"),
-                       [self.x, grad_y], shapes, {**self.data, "chunks": chunks})
+                       [self.x, grad_y], shapes, {**self.data, "chunks": chunks}, dtypes)
         return grad_x, grads[0], grads[1] if self.has_bias else None, None, None
 
     def convolve(self, inputs, bias, flip):
@@ -43,9 +49,9 @@ class DepthwiseConv(jt.Function):
 
 
 def fits_gpu(kernel_size, dilation):
-    """Whether the GPU's depthwise kernel takes it: 512 sums and 48 KiB of shared memory to a block (depthwise_cuda.h)."""
+    """Whether the GPU's depthwise kernels take it: 256 strips of 4 taps and 48 KiB of shared memory (depthwise_cuda.h)."""
     side = 16 + 2 * dilation * (kernel_size // 2)
-    return kernel_size**2 + 1 <= 512 and 4 * (side**2 + 512) <= 48 * 1024
+    return kernel_size * -(-kernel_size // 4) < 256 and 4 * (side**2 + max(256, kernel_size**2)) <= 48 * 1024
 
 
 # The activations that a convolution takes along in inference, as inference_cpu.h calls them.
@@ -169,65 +175,84 @@ class Separable(jt.Function):
                     "$planes, $H, $W, $h, $w, $transposed);", [x, *self.matrices], [shape], data)[0]
 
 
+NORM_HEADERS = ("norm_cpu.h",), ("cuda_launch.h", "cuda_sum.h", "norm_cuda.h")
+
+
+def norm_chunks(x):
+    """Into how many parts the GPU cuts the sums over a channel of x (B, C, H, W): a block for every 2048 values of it."""
+    return min(max(-(-x.shape[0] * x.shape[2] * x.shape[3] // 2048), 1), 1024)
+
+
 class BatchNorm(jt.Function):
-    """BatchNorm of a batch x (B, C, H, W); moves the running statistics of `layer`."""
+    """BatchNorm of a batch x (B, C, H, W); moves the running statistics of `layer`, which are float32."""
 
     def execute(self, x, weight, bias, layer):
+        check_types("BatchNorm: weight and bias", weight, bias)
+        if layer.running_mean.dtype != "float32" or layer.running_var.dtype != "float32":
+            raise ValueError(f"BatchNorm: the running statistics must be float32, got {layer.running_mean.dtype}")
         B, C, H, W = x.shape
-        self.data = {"B": B, "C": C, "P": H * W}
+        self.data = {"B": B, "C": C, "P": H * W, "chunks": norm_chunks(x)}
         numbers = {**self.data, "eps": layer.eps, "momentum": layer.momentum}
-        y, mean, inv_std, running_mean, running_var = call(
-            ("norm_cpu.h",),
-            "overlock::batch_norm(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p, out2_p, out3_p, out4_p, "
-            '$B, $C, $P, data["eps"], data["momentum"]);',
-            [x, weight, bias, layer.running_mean, layer.running_var], [x.shape, (C,), (C,), (C,), (C,)], numbers)
+        code = "overlock::batch_norm(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p, out2_p, out3_p, out4_p, "
+        numbers_code = '$B, $C, $P, data["eps"], data["momentum"]'
+        y, mean, inv_std, running_mean, running_var, _ = launch(
+            NORM_HEADERS, (f"{code}{numbers_code});", f"{code}out5_p, {numbers_code}, $chunks, 0);"),
+            [x, weight, bias, layer.running_mean, layer.running_var],
+            [x.shape, (C,), (C,), (C,), (C,), (self.data["chunks"], C, 2)], numbers, [x.dtype] + ["float32"] * 5)
         layer.running_mean.update(running_mean)
         layer.running_var.update(running_var)
         self.saved = x, weight, mean, inv_std
         return y
 
     def grad(self, grad_y):
-        x, weight, mean, inv_std = self.saved
-        grads = call(("norm_cpu.h",),
-                     "overlock::batch_norm_backward(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p, out2_p, $B, $C, $P);",
-                     [x, weight, mean, inv_std, grad_y], [x.shape, weight.shape, weight.shape], self.data)
-        return *grads, None
+        return *norm_backward("batch_norm_backward", *self.saved, grad_y, self.data), None
 
 
 class ChannelNorm(jt.Function):
     """LayerNorm of each pixel of x (B, C, H, W) over its channels."""
 
     def execute(self, x, weight, bias, eps):
+        check_types("ChannelNorm: weight and bias", weight, bias)
         B, C, H, W = x.shape
-        self.data = {"B": B, "C": C, "P": H * W}
-        y, mean, inv_std = call(
-            ("norm_cpu.h",),
-            'overlock::channel_norm(in0_p, in1_p, in2_p, out0_p, out1_p, out2_p, $B, $C, $P, data["eps"]);',
-            [x, weight, bias], [x.shape, (B, H * W), (B, H * W)], {**self.data, "eps": eps})
+        self.data = {"B": B, "C": C, "P": H * W, "chunks": norm_chunks(x)}
+        code = 'overlock::channel_norm(in0_p, in1_p, in2_p, out0_p, out1_p, out2_p, $B, $C, $P, data["eps"]'
+        y, mean, inv_std = launch(NORM_HEADERS, (f"{code});", f"{code}, 0);"), [x, weight, bias],
+                                  [x.shape, (B, H * W), (B, H * W)], {**self.data, "eps": eps}, [x.dtype, "float32", "float32"])
         self.saved = x, weight, mean, inv_std
         return y
 
     def grad(self, grad_y):
-        x, weight, mean, inv_std = self.saved
-        grads = call(("norm_cpu.h",),
-                     "overlock::channel_norm_backward(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p, out2_p, $B, $C, $P);",
-                     [x, weight, mean, inv_std, grad_y], [x.shape, weight.shape, weight.shape], self.data)
-        return *grads, None
+        return *norm_backward("channel_norm_backward", *self.saved, grad_y, self.data), None
+
+
+def norm_backward(kernel, x, weight, mean, inv_std, grad_y, data):
+    """Gradients of x, weight and bias, by a kernel of NORM_HEADERS."""
+    code = f"overlock::{kernel}(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p, out2_p, "
+    return launch(NORM_HEADERS, (f"{code}$B, $C, $P);", f"{code}out3_p, $B, $C, $P, $chunks, 0);"),
+                  [x, weight, mean, inv_std, cast(grad_y, x.dtype)],
+                  [x.shape, weight.shape, weight.shape, (data["chunks"] + 1, data["C"], 2)], data,
+                  [x.dtype, weight.dtype, weight.dtype, "float32"])[:3]
 
 
 class GRN(jt.Function):
     """Global Response Normalization of x (B, C, H, W) with gamma and beta (1, C, 1, 1)."""
 
+    headers = ("norm_cpu.h",), ("cuda_launch.h", "cuda_sum.h", "grn_cuda.h")
+
     def execute(self, x, gamma, beta):
+        check_types("GRN: gamma and beta", gamma, beta)
         B, C, H, W = x.shape
         self.data = {"B": B, "C": C, "P": H * W}
-        y, norms = call(("norm_cpu.h",), "overlock::grn(in0_p, in1_p, in2_p, out0_p, out1_p, $B, $C, $P);",
-                        [x, gamma, beta], [x.shape, (B, C)], self.data)
+        code = "overlock::grn(in0_p, in1_p, in2_p, out0_p, out1_p, "
+        y, norms, _ = launch(self.headers, (f"{code}$B, $C, $P);", f"{code}out2_p, $B, $C, $P, 0);"), [x, gamma, beta],
+                             [x.shape, (B, C), (B, 2)], self.data, [x.dtype, "float32", "float32"])
         self.saved = x, gamma, norms
         return y
 
     def grad(self, grad_y):
         x, gamma, norms = self.saved
-        return tuple(call(("norm_cpu.h",),
-                          "overlock::grn_backward(in0_p, in1_p, in2_p, in3_p, out0_p, out1_p, out2_p, $B, $C, $P);",
-                          [x, gamma, norms, grad_y], [x.shape, gamma.shape, gamma.shape], self.data))
+        code = "overlock::grn_backward(in0_p, in1_p, in2_p, in3_p, out0_p, out1_p, out2_p, "
+        return tuple(launch(self.headers, (f"{code}$B, $C, $P);", f"{code}out3_p, out4_p, $B, $C, $P, 0);"),
+                            [x, gamma, norms, cast(grad_y, x.dtype)],
+                            [x.shape, gamma.shape, gamma.shape, (*norms.shape, 2), (norms.shape[0], 2)], self.data,
+                            [x.dtype, gamma.dtype, gamma.dtype, "float32", "float32"])[:3])

@@ -34,13 +34,15 @@ def na2d_av(attn, value, kernel_size):
     where r(i) = clamp(i - K//2, 0, H - K) and c(j) likewise: at the borders the window is shifted, not clipped.
 
     Args:
-        attn: (B, heads, H, W, K*K) weights; value: (B, heads, H, W, dim); kernel_size: K, odd, at most min(H, W).
+        attn: (B, heads, H, W, K*K) weights; value: (B, heads, H, W, dim), of the same type; kernel_size: K, odd, at most
+            min(H, W).
     Returns:
         (B, heads, H, W, dim), differentiable in attn and value.
     Raises:
-        ValueError: on shapes that do not fit together; the message names them.
+        ValueError: on shapes or types that do not fit together; the message names them.
     """
     check_na2d_av(attn.shape, value.shape, kernel_size)
+    check_types("na2d_av: attn and value", attn, value)
     return NA2dAV.apply(attn, value, kernel_size)
 
 
@@ -54,6 +56,7 @@ class NA2dAV(jt.Function):
         return self.run("na2d_av_forward", attn, value, value.shape)
 
     def grad(self, grad_out):
+        grad_out = cast(grad_out, self.value.dtype)
         grad_attn = self.run("na2d_av_grad_attn", grad_out, self.value, self.attn.shape)
         grad_value = self.run("na2d_av_grad_value", self.attn, grad_out, self.value.shape)
         return grad_attn, grad_value, None
@@ -64,16 +67,35 @@ class NA2dAV(jt.Function):
         return launch(headers, (f"{call});", f"{call}, 0);"), [a, b], [out_shape], self.data)[0]
 
 
-def launch(headers, code, inputs, shapes, data):
+# By jt.flags.use_cuda, what the kernels read and write; sums and statistics are float32 for each.
+TYPES = {0: ("float32",), 1: ("float32", "float16", "bfloat16")}
+
+
+def check_types(name, *inputs):
+    """Raise ValueError, with the types, unless they are all the same."""
+    if any(x.dtype != inputs[0].dtype for x in inputs):
+        raise ValueError(f"{name} must be of one type, got {', '.join(str(x.dtype) for x in inputs)}")
+
+
+def cast(x, dtype):
+    """x as `dtype`; x itself if it is. A gradient may come as float32 to an output that is not, where the two types met."""
+    return x if x.dtype == dtype else x.cast(dtype)
+
+
+def launch(headers, code, inputs, shapes, data, dtypes=None):
     """Run a kernel: `headers` of kernels/ and C++ `code`, each a pair for CPU and CUDA ("" where there is none).
 
     In the code, inputs are in0_p, in1_p, ..., outputs of `shapes` out0_p, ..., and $NAME is the whole number
     data[NAME]. Numbers go in as data and not as text, so that another shape needs no other compilation.
-    Everything is float32; other inputs raise ValueError.
+    Outputs are of the first input's type, or of `dtypes`. Everything is float32, on a GPU float16 and bfloat16 too; other
+    inputs raise ValueError.
     """
-    if any(x.dtype != "float32" for x in inputs):
-        raise ValueError(f"the kernels are for float32, got {', '.join(str(x.dtype) for x in inputs)}; use x.float32()")
-    return jt.code(shapes, ["float32"] * len(shapes), inputs, cpu_header=includes(headers[0]), cpu_src=with_data(code[0]),
+    types = TYPES[jt.flags.use_cuda]
+    if any(x.dtype not in types for x in inputs):
+        got = ", ".join(str(x.dtype) for x in inputs)
+        raise ValueError(f"the kernels are for {', '.join(types)}, got {got}; use x.float32()")
+    dtypes = dtypes or [inputs[0].dtype] * len(shapes)
+    return jt.code(shapes, dtypes, inputs, cpu_header=includes(headers[0]), cpu_src=with_data(code[0]),
                    cuda_header=includes(headers[1]), cuda_src=with_data(code[1]), data=data)
 
 

@@ -86,6 +86,20 @@ def impl():
     return Jittor() if NAME == "jittor" else Torch()
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def kernels(request, monkeypatch):
+    """jittor_impl's kernels for the CPU, then those for the GPU, run on the CPU by cuda_on_cpu.h."""
+    import ops
+    code, emulation = ops.jt.code, f'#include "{ROOT / "tests" / "cuda_on_cpu.h"}"\n'
+
+    def run_cuda(shapes, dtypes, inputs, cpu_header, cpu_src, cuda_header, cuda_src, data):
+        return code(shapes, dtypes, inputs, cpu_header=emulation + cuda_header, cpu_src=cuda_src, data=data)
+
+    if request.param == "cuda":
+        monkeypatch.setattr(ops.jt, "code", run_cuda)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """A folder in TinyImageNet's layout: 3 classes, 12 training and 6 validation images each, one of them greyscale."""

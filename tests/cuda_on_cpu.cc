@@ -1,52 +1,7 @@
-// Runs the CUDA kernels on a CPU, a thread for each of CUDA's, and compares them with the CPU kernels: prints the largest
-// relative error of each and exits with status 1 if one is beyond rounding.
-#include <pthread.h>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
+// Runs the CUDA kernels on a CPU, for every type, and compares them with the CPU kernels: prints the largest relative error of
+// each and exits with status 1 if one is beyond rounding.
+#include "cuda_on_cpu.h"
 #include <random>
-#include <thread>
-#include <vector>
-
-#define __global__
-#define __device__
-typedef int cudaStream_t;
-struct dim3 {
-    unsigned x, y, z;
-    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-static thread_local dim3 threadIdx, blockIdx;
-static dim3 blockDim, gridDim;
-static pthread_barrier_t barrier;
-static std::vector<float> shared_memory;
-inline void __syncthreads() { pthread_barrier_wait(&barrier); }
-
-// A thread that leaves a kernel early would be missed at the barrier, so blocks end with one that all of them reach; a kernel
-// must not wait for others after some have left, which holds on a GPU too.
-template <typename Kernel>
-void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes) {
-    gridDim = grid;
-    blockDim = dim3(threads);
-    std::vector<std::thread> pool;
-    pthread_barrier_init(&barrier, nullptr, threads);
-    shared_memory.assign(shared_bytes / sizeof(float) + 1, NAN);
-    for (unsigned t = 0; t < threads; t++)
-        pool.emplace_back([=] {
-            threadIdx = dim3(t);
-            for (unsigned z = 0; z < grid.z; z++)
-                for (unsigned y = 0; y < grid.y; y++)
-                    for (unsigned x = 0; x < grid.x; x++) {
-                        blockIdx = dim3(x, y, z);
-                        kernel();
-                        __syncthreads();
-                    }
-        });
-    for (auto& thread : pool) thread.join();
-    pthread_barrier_destroy(&barrier);
-}
-#define OVERLOCK_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
-    launch([=] { kernel(__VA_ARGS__); }, grid, threads, shared_bytes)
-#define OVERLOCK_SHARED(name) float* name = shared_memory.data()
 
 #include "neighbourhood.h"
 #include "lanes.h"
@@ -54,73 +9,222 @@ void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes) {
 #include "product.h"
 #include "na2d_av_cpu.h"
 #include "depthwise_cpu.h"
+#include "norm_cpu.h"
 #include "cuda_launch.h"
+#include "cuda_sum.h"
 #include "na2d_av_cuda.h"
 #include "depthwise_cuda.h"
+#include "norm_cuda.h"
+#include "grn_cuda.h"
+
+// A number of so many significant bits, as its type on a GPU: rounded to nearest, ties to even.
+template <int BITS, int MIN_EXPONENT>
+struct Rounded {
+    float value;
+    Rounded() : value(NAN) {}
+    explicit Rounded(float x) {
+        int exponent = 0;  // frexp leaves it alone for NaN
+        std::frexp(x, &exponent);
+        const float unit = std::ldexp(1.f, std::max(exponent, MIN_EXPONENT) - BITS);
+        value = std::nearbyint(x / unit) * unit;
+    }
+    operator float() const { return value; }
+};
+typedef Rounded<11, -13> Half;
+typedef Rounded<8, -125> BFloat16;
+
+template <typename T> constexpr double roundoff() { return 0; }  // by storing a result as T
+template <> constexpr double roundoff<Half>() { return 1. / (1 << 11); }
+template <> constexpr double roundoff<BFloat16>() { return 1. / (1 << 8); }
 
 static std::mt19937 generator;
 static bool failed = false;
 
-static std::vector<float> normal(size_t size) {
-    std::normal_distribution<float> distribution;
-    std::vector<float> values(size);
-    for (float& v : values) v = distribution(generator);
-    return values;
-}
+// Numbers that T holds exactly, as T and as float.
+template <typename T>
+struct Array {
+    std::vector<T> cuda;
+    std::vector<float> cpu;
+    operator const T*() const { return cuda.data(); }
+    const float* f() const { return cpu.data(); }
+};
 
-static void compare(const char* name, const std::vector<float>& cuda, const std::vector<float>& cpu) {
-    double difference = 0, size = 0;
-    for (size_t i = 0; i < cpu.size(); i++) {
-        difference = std::max(difference, std::isfinite(cuda[i]) ? (double)std::abs(cuda[i] - cpu[i]) : 1e30);
-        size = std::max(size, (double)std::abs(cpu[i]));
+template <typename T>
+static Array<T> normal(size_t size, float mean = 0) {
+    std::normal_distribution<float> distribution(mean);
+    Array<T> array;
+    for (size_t i = 0; i < size; i++) {
+        array.cuda.push_back((T)distribution(generator));
+        array.cpu.push_back(array.cuda.back());
     }
-    std::printf("  %s %.1e\n", name, difference / size);
-    failed |= !(difference < 5e-6 * size);
+    return array;
 }
 
+// A result of both: float of the CPU, T of CUDA. Their difference may be the rounding to T beside `limit` for the sums.
+template <typename T>
+struct Result {
+    std::vector<T> cuda;
+    std::vector<float> cpu;
+    explicit Result(size_t size) : cuda(size, T(NAN)), cpu(size, NAN) {}
+    operator T*() { return cuda.data(); }
+    float* f() { return cpu.data(); }
+
+    void compare(const char* name, double limit = 5e-6) {
+        double difference = 0, size = 0;
+        for (size_t i = 0; i < cpu.size(); i++) {
+            const double d = std::abs((double)(float)cuda[i] - cpu[i]);
+            difference = std::max(difference, d < 1e30 ? d : 1e30);
+            size = std::max(size, (double)std::abs(cpu[i]));
+        }
+        limit += roundoff<T>();
+        std::printf("  %s %.1e (limit %.1e)\n", name, difference / size, limit);
+        failed |= !(difference <= limit * size);
+        std::fill(cuda.begin(), cuda.end(), T(NAN));
+    }
+};
+
+template <typename T>
 static void depthwise(int B, int C, int H, int W, int K, int dilation) {
     std::printf("depthwise %dx%dx%dx%d, kernel %d, dilation %d\n", B, C, H, W, K, dilation);
     const size_t size = (size_t)B * C * H * W;
     const int chunks = std::min(B, 16);
-    const auto x = normal(size), grad_y = normal(size), weight = normal(C * K * K), bias = normal(C);
-    std::vector<float> cpu(size), cuda(size, NAN), cpu_w(C * K * K), cuda_w(C * K * K, NAN), cpu_b(C), cuda_b(C, NAN);
+    const auto x = normal<T>(size), grad_y = normal<T>(size), weight = normal<T>(C * K * K), bias = normal<T>(C);
+    Result<T> y(size), grad_weight(C * K * K), grad_bias(C);
     std::vector<float> partial((size_t)chunks * C * (K * K + 1), NAN);
     for (const bool backward : {false, true}) {
-        const float* b = backward ? nullptr : bias.data();
-        overlock::depthwise(x.data(), weight.data(), b, cpu.data(), B, C, H, W, K, dilation, true, backward);
-        overlock::depthwise(x.data(), weight.data(), b, cuda.data(), B, C, H, W, K, dilation, true, backward, 0);
-        compare(backward ? "grad_x" : "y", cuda, cpu);
+        overlock::depthwise(x.f(), weight.f(), backward ? nullptr : bias.f(), y.f(), B, C, H, W, K, dilation, true, backward);
+        overlock::depthwise<T>(x, weight, backward ? (const T*)nullptr : bias, y, B, C, H, W, K, dilation, true, backward, 0);
+        y.compare(backward ? "grad_x" : "y");
     }
-    overlock::depthwise_grad_weight(x.data(), grad_y.data(), cpu_w.data(), cpu_b.data(), B, C, H, W, K, dilation);
-    overlock::depthwise_grad_weight(x.data(), grad_y.data(), cuda_w.data(), cuda_b.data(), partial.data(), B, C, H, W, K, dilation, chunks, 0);
-    compare("grad_weight", cuda_w, cpu_w);
-    compare("grad_bias", cuda_b, cpu_b);
+    overlock::depthwise_grad_weight(x.f(), grad_y.f(), grad_weight.f(), grad_bias.f(), B, C, H, W, K, dilation);
+    overlock::depthwise_grad_weight<T>(x, grad_y, grad_weight, grad_bias, partial.data(), B, C, H, W, K, dilation, chunks, 0);
+    grad_weight.compare("grad_weight");
+    grad_bias.compare("grad_bias");
 }
 
+template <typename T>
 static void na2d_av(int N, int H, int W, int K, int dim) {
-    std::printf("na2d_av %dx%dx%dx%d, kernel %d\n", N, H, W, dim, K);
+    const int channels[] = {overlock::choose_tiling(N, H, W, K, dim, overlock::windows_of).channels,
+                            overlock::choose_tiling(N, H, W, K, dim, overlock::queries_of).channels};
+    std::printf("na2d_av %dx%dx%dx%d, kernel %d, tiled by %d and %d channels\n", N, H, W, dim, K, channels[0], channels[1]);
     const size_t pixels = (size_t)N * H * W;
-    const auto attn = normal(pixels * K * K), value = normal(pixels * dim), grad_out = normal(pixels * dim);
-    std::vector<float> cpu(pixels * dim), cuda(pixels * dim, NAN), cpu_a(pixels * K * K), cuda_a(pixels * K * K, NAN);
-    overlock::na2d_av_forward(attn.data(), value.data(), cpu.data(), N, H, W, K, dim);
-    overlock::na2d_av_forward(attn.data(), value.data(), cuda.data(), N, H, W, K, dim, 0);
-    compare("out", cuda, cpu);
-    overlock::na2d_av_grad_attn(grad_out.data(), value.data(), cpu_a.data(), N, H, W, K, dim);
-    overlock::na2d_av_grad_attn(grad_out.data(), value.data(), cuda_a.data(), N, H, W, K, dim, 0);
-    compare("grad_attn", cuda_a, cpu_a);
-    overlock::na2d_av_grad_value(attn.data(), grad_out.data(), cpu.data(), N, H, W, K, dim);
-    overlock::na2d_av_grad_value(attn.data(), grad_out.data(), cuda.data(), N, H, W, K, dim, 0);
-    compare("grad_value", cuda, cpu);
+    const auto attn = normal<T>(pixels * K * K), value = normal<T>(pixels * dim), grad_out = normal<T>(pixels * dim);
+    Result<T> out(pixels * dim), grad_attn(pixels * K * K);
+    overlock::na2d_av_forward(attn.f(), value.f(), out.f(), N, H, W, K, dim);
+    overlock::na2d_av_forward<T>(attn, value, out, N, H, W, K, dim, 0);
+    out.compare("out");
+    overlock::na2d_av_grad_attn(grad_out.f(), value.f(), grad_attn.f(), N, H, W, K, dim);
+    overlock::na2d_av_grad_attn<T>(grad_out, value, grad_attn, N, H, W, K, dim, 0);
+    grad_attn.compare("grad_attn");
+    overlock::na2d_av_grad_value(attn.f(), grad_out.f(), out.f(), N, H, W, K, dim);
+    overlock::na2d_av_grad_value<T>(attn, grad_out, out, N, H, W, K, dim, 0);
+    out.compare("grad_value");
+}
+
+// BatchNorm and LayerNorm: parameters of type Param, mean `mean` standard deviations from 0.
+template <typename T, typename Param>
+static void norms(int B, int C, int P, int chunks, float mean) {
+    std::printf("norms %dx%dx%d in %d chunks, mean %g\n", B, C, P, chunks, mean);
+    const size_t size = (size_t)B * C * P;
+    // A mean is off by half a unit in the last place at least, relative to the spread; sums of float32 add several of them.
+    const double limit = 5e-6 + 20 * mean * 1.2e-7;
+    const auto x = normal<T>(size, mean), grad_y = normal<T>(size);
+    const auto weight = normal<Param>(C), bias = normal<Param>(C);
+    const auto old_mean = normal<float>(C), old_var = normal<float>(C);
+    Result<T> y(size), grad_x(size);
+    Result<Param> grad_weight(C), grad_bias(C);
+    std::vector<float> scratch((size_t)(chunks + 1) * C * 2, NAN);
+    {
+        Result<float> m(C), inv(C), new_mean(C), new_var(C);
+        overlock::batch_norm(x.f(), weight.f(), bias.f(), old_mean.f(), old_var.f(), y.f(), m.f(), inv.f(), new_mean.f(),
+                             new_var.f(), B, C, P, 1e-5, 0.1);
+        overlock::batch_norm<T, Param>(x, weight, bias, old_mean, old_var, y, m, inv, new_mean, new_var, scratch.data(), B, C, P,
+                                       1e-5, 0.1, chunks, 0);
+        y.compare("batch_norm y", limit);
+        new_mean.compare("running mean");
+        new_var.compare("running variance");
+        overlock::batch_norm_backward(x.f(), weight.f(), m.f(), inv.f(), grad_y.f(), grad_x.f(), grad_weight.f(),
+                                      grad_bias.f(), B, C, P);
+        overlock::batch_norm_backward<T, Param>(x, weight, m, inv, grad_y, grad_x, grad_weight, grad_bias, scratch.data(),
+                                                B, C, P, chunks, 0);
+        grad_x.compare("batch_norm grad_x", limit);
+        grad_weight.compare("batch_norm grad_weight", limit);
+        grad_bias.compare("batch_norm grad_bias");
+    }
+    Result<float> m(B * P), inv(B * P);
+    overlock::channel_norm(x.f(), weight.f(), bias.f(), y.f(), m.f(), inv.f(), B, C, P, 1e-6);
+    overlock::channel_norm<T, Param>(x, weight, bias, y, m, inv, B, C, P, 1e-6, 0);
+    y.compare("channel_norm y", limit);
+    overlock::channel_norm_backward(x.f(), weight.f(), m.f(), inv.f(), grad_y.f(), grad_x.f(), grad_weight.f(),
+                                    grad_bias.f(), B, C, P);
+    overlock::channel_norm_backward<T, Param>(x, weight, m, inv, grad_y, grad_x, grad_weight, grad_bias, scratch.data(),
+                                              B, C, P, chunks, 0);
+    grad_x.compare("channel_norm grad_x", limit);
+    grad_weight.compare("channel_norm grad_weight", limit);
+    grad_bias.compare("channel_norm grad_bias");
+}
+
+template <typename T, typename Param>
+static void grn(int B, int C, int P) {
+    std::printf("grn %dx%dx%d\n", B, C, P);
+    auto x = normal<T>((size_t)B * C * P);
+    for (int i = 0; i < P; i++) x.cuda[i] = T(x.cpu[i] = 0);  // a dead channel
+    const auto grad_y = normal<T>(x.cuda.size());
+    const auto gamma = normal<Param>(C), beta = normal<Param>(C);
+    Result<T> y(x.cuda.size());
+    Result<float> norms(B * C);
+    Result<Param> grad_gamma(C), grad_beta(C);
+    std::vector<float> dots(B * C * 2, NAN), images(B * 2, NAN);
+    overlock::grn(x.f(), gamma.f(), beta.f(), y.f(), norms.f(), B, C, P);
+    overlock::grn<T, Param>(x, gamma, beta, y, norms, images.data(), B, C, P, 0);
+    y.compare("y");
+    overlock::grn_backward(x.f(), gamma.f(), norms.f(), grad_y.f(), y.f(), grad_gamma.f(), grad_beta.f(), B, C, P);
+    overlock::grn_backward<T, Param>(x, gamma, norms, grad_y, y, grad_gamma, grad_beta, dots.data(), images.data(), B, C, P, 0);
+    y.compare("grad_x");
+    grad_gamma.compare("grad_gamma");
+    grad_beta.compare("grad_beta");
+}
+
+template <typename T, typename Param>
+static void a_few() {
+    depthwise<T>(2, 2, 9, 18, 5, 1);
+    depthwise<T>(3, 1, 5, 6, 3, 2);
+    na2d_av<T>(2, 9, 9, 7, 5);
+    na2d_av<T>(1, 11, 17, 3, 7);
+    norms<T, Param>(3, 5, 6, 2, 1);
+    grn<T, Param>(2, 5, 6);
 }
 
 int main() {
-    depthwise(2, 3, 4, 4, 3, 1);
-    depthwise(3, 2, 17, 20, 3, 7);
-    depthwise(1, 2, 9, 33, 5, 2);
-    depthwise(2, 1, 16, 16, 13, 1);
-    depthwise(1, 1, 7, 18, 17, 1);
-    depthwise(18, 1, 2, 3, 19, 1);
-    na2d_av(2, 9, 9, 9, 12);
-    na2d_av(3, 7, 11, 5, 3);
+    for (const bool reversed : {false, true}) {
+        last_first = reversed;
+        generator.seed(0);
+        std::printf("%s\n", reversed ? "LAST THREAD FIRST" : "FIRST THREAD FIRST");
+        depthwise<float>(2, 3, 4, 4, 3, 1);
+        depthwise<float>(3, 2, 17, 20, 3, 7);
+        depthwise<float>(1, 2, 9, 33, 5, 2);
+        depthwise<float>(2, 1, 16, 16, 13, 1);
+        depthwise<float>(1, 1, 7, 18, 17, 1);
+        depthwise<float>(18, 1, 2, 3, 19, 1);
+        depthwise<float>(1, 1, 3, 5, 31, 1);
+        na2d_av<float>(2, 9, 9, 9, 12);
+        na2d_av<float>(3, 7, 11, 5, 3);
+        na2d_av<float>(2, 14, 15, 7, 18);
+        na2d_av<float>(1, 16, 33, 3, 4);
+        na2d_av<float>(1, 29, 28, 13, 6);
+        na2d_av<float>(1, 15, 15, 15, 5);
+        norms<float, float>(2, 2, 700, 2, 0);
+        norms<float, float>(1, 2, 1333, 3, 20);
+        norms<float, float>(33, 9, 1, 1, 200);
+        norms<float, float>(2, 21, 3, 1, 200);
+        grn<float, float>(3, 5, 16);
+        grn<float, float>(2, 3, 1100);
+        grn<float, float>(1, 300, 2);
+        std::printf("half\n");
+        a_few<Half, float>();
+        a_few<Half, Half>();
+        std::printf("bfloat16\n");
+        a_few<BFloat16, float>();
+    }
     return failed;
 }

@@ -1,8 +1,8 @@
 """Jittor's layers with PyTorch's arithmetic, against float64 NumPy where Jittor's own go wrong."""
-import aligned_nn
 import numpy as np
+import ops
 import pytest
-from aligned_nn import BatchNorm2d, adaptive_avg_pool2d, bilinear_matrix, channel_norm, interpolate, pooling_matrix
+from aligned_nn import BatchNorm2d, Conv2d, adaptive_avg_pool2d, bilinear_matrix, channel_norm, interpolate, pooling_matrix
 from jittor_setup import jt
 
 
@@ -52,11 +52,9 @@ def test_bilinear_interpolation(size):
     assert error(out.numpy(), expected) < 2e-6
 
 
-@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("ratio", [0, 20, 200])
-def test_batch_norm(ratio, kernels, monkeypatch):
+def test_batch_norm(ratio, kernels):
     """Mean `ratio` standard deviations away from 0: Jittor's own loses 4e-3 at 200, and biases running_var."""
-    monkeypatch.setattr(aligned_nn, "on_cpu", lambda: kernels)  # else the operators that run on a GPU
     generator = np.random.default_rng(0)
     x = (generator.standard_normal((8, 3, 5, 7)) + ratio).astype(np.float32)
     w = generator.standard_normal(x.shape).astype(np.float32)
@@ -96,10 +94,8 @@ def test_batch_norm_statistics_are_not_trained():
     assert error(layer.running_mean.numpy(), 0.1 * x.numpy().mean((0, 2, 3))) < 1e-5
 
 
-@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("ratio", [0, 200])
-def test_channel_norm(ratio, kernels, monkeypatch):
-    monkeypatch.setattr(aligned_nn, "on_cpu", lambda: kernels)
+def test_channel_norm(ratio, kernels):
     generator = np.random.default_rng(0)
     x = (generator.standard_normal((2, 24, 3, 5)) + ratio).astype(np.float32)
     weight, bias = (generator.standard_normal(24).astype(np.float32) for _ in range(2))
@@ -117,3 +113,26 @@ def test_channel_norm(ratio, kernels, monkeypatch):
     assert error(out.numpy(), normal * gamma + bias.reshape(1, -1, 1, 1)) < limit
     for actual, wanted in zip(grads, (grad_x, (w * normal).sum((0, 2, 3)), w.sum((0, 2, 3)))):
         assert error(actual, wanted) < limit
+
+
+@pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
+def test_half_precision(kernels, monkeypatch):
+    """As on a GPU: a map of float16, parameters of float32; a loss in float32. Each result is off by its rounding alone."""
+    monkeypatch.setitem(ops.TYPES, 0, ops.TYPES[1])
+    generator = np.random.default_rng(0)
+    x, w = ((generator.standard_normal((4, 3, 5, 7))).astype(np.float16) for _ in range(2))
+    norm, conv, results = BatchNorm2d(3), Conv2d(3, 3, 3, padding=1, groups=3), []
+    conv.weight.update(conv.weight.float16().float32())  # exact in both
+    norm.train()
+    for dtype in ("float16", "float32"):
+        var = jt.array(x).cast(dtype)
+        for layer in (norm, lambda x: conv.depthwise(x, True)):
+            out = layer(var)
+            assert out.dtype == dtype
+            grads = jt.grad((out.float32() * jt.array(w).float32()).sum(), [var, norm.weight, conv.weight])
+            assert [g.dtype for g in grads] == [dtype, "float32", "float32"]
+            results.append([v.float32().numpy() for v in (out, *grads)])
+    assert norm.running_mean.dtype == norm.running_var.dtype == "float32"
+    for half, single in zip(results[:2], results[2:]):
+        for actual, expected in zip(half, single):
+            assert np.abs(actual - expected).max() <= (2**-11 + 5e-6) * np.abs(expected).max()

@@ -18,7 +18,8 @@ ONLY_TORCH_FILES = {"na2d_av_triton.py"}
 MIRRORED = sorted({path.name for path in (ROOT / "torch_impl").glob("*.py")} - ONLY_TORCH_FILES)
 # What only one framework needs. Everything else must be in both.
 ONLY_JITTOR = {"ops.py": {"NA2dAV", "NA2dAV.execute(self, attn, value, kernel_size)", "NA2dAV.grad(self, grad_out)",
-                          "NA2dAV.run(self, kernel, a, b, out_shape)", "launch(headers, code, inputs, shapes, data)",
+                          "NA2dAV.run(self, kernel, a, b, out_shape)", "launch(headers, code, inputs, shapes, data, dtypes=None)",
+                          "check_types(name, *inputs)", "cast(x, dtype)",
                           "includes(names)", "with_data(code)"}}
 ONLY_TORCH = {"ops.py": {"triton_kernels()", "set_na2d_backend(name)", "choose_na2d_backend(on_gpu, pixels, dtypes)",
                          "tiling(size, kernel_size, whole)",

@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 
-import aligned_nn
 import contmix
 import numpy as np
 import ops
 import pytest
+import test_ops
 from adamw import AdamW
 from aligned_nn import BatchNorm2d, Conv2d, Sequential, grn
 from jittor_setup import jt
@@ -109,6 +109,16 @@ def test_depthwise_convolution(shape, K, dilation, bias, residual):
     assert error(grads[1], grad_weight) < 5e-6
     if bias:
         assert error(grads[2], grad_y.astype(np.float64).sum((0, 2, 3))) < 5e-6
+
+
+@pytest.mark.parametrize("K, dilation, bias, residual", [(3, 1, True, True), (7, 2, False, False)])
+def test_depthwise_convolution_of_cpu_and_gpu(K, dilation, bias, residual, kernels):
+    test_depthwise_convolution((2, 3, 7, 11), K, dilation, bias, residual)
+
+
+@pytest.mark.parametrize("shape, K", [((1, 2, 9, 10, 3), 5), ((2, 1, 8, 17, 5), 3)])  # one thread a number, and in tiles
+def test_na2d_av_of_cpu_and_gpu(impl, shape, K, kernels):
+    test_ops.test_definition_in_float64(impl, shape, K)
 
 
 def softmax(x):
@@ -221,11 +231,8 @@ def test_adamw():
     assert optimizer.n_step == 5
 
 
-@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 4, 4), (2, 24, 7, 9)])
-def test_grn(shape, kernels, monkeypatch):
-    """By the CPU kernel, and by the operators that run on a GPU."""
-    monkeypatch.setattr(aligned_nn, "on_cpu", lambda: kernels)
+def test_grn(shape, kernels):
     generator = np.random.default_rng(0)
     x, grad_y = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
     x[0, 1] = 0  # a dead channel
@@ -275,8 +282,15 @@ np.savez(sys.argv[1], output["main"].numpy(), *[v.numpy() for v in [*grads, *par
 
 
 def test_other_types_are_refused():
-    with pytest.raises(ValueError, match="float32"):
+    with pytest.raises(ValueError, match="kernels are for float32, got float16, float32, float32; use x.float32"):
         grn(jt.zeros((1, 2, 3, 3)).float16(), jt.zeros((1, 2, 1, 1)), jt.zeros((1, 2, 1, 1)))
+    with pytest.raises(ValueError, match="attn and value must be of one type, got float16, float32"):
+        ops.na2d_av(jt.zeros((1, 2, 3, 3, 9)).float16(), jt.zeros((1, 2, 3, 3, 4)), 3)
+    norm = BatchNorm2d(2)
+    norm.train()
+    norm.running_mean, norm.running_var = norm.running_mean.float16(), norm.running_var.float16()
+    with pytest.raises(ValueError, match="statistics must be float32"):
+        norm(jt.zeros((1, 2, 3, 3)))
 
 
 def test_shapes_that_do_not_fit_are_refused():

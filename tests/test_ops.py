@@ -117,31 +117,76 @@ def test_natten_itself(impl):
             assert error(ours, natten) < 2e-6, (name, value.shape, K)
 
 
-def test_cuda_kernels_compile(impl, tmp_path):
-    """Where nvcc is installed, with or without a GPU, the CUDA kernels compile for A100 and H100, in Jittor's C++14."""
+CUDA_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+
+
+def cuda_calls(impl, dtype, monkeypatch):
+    """{(header, code, types of the inputs, types of the outputs)} of the operators of jittor_impl for the GPU, and of their
+    gradients, on maps of `dtype`; the norms with parameters of `dtype` and of float32."""
+    from aligned_nn import BatchNorm2d, Conv2d, channel_norm, grn
+    jt, calls = impl.jt, set()
+
+    def record(shapes, dtypes, inputs, cpu_header, cpu_src, cuda_header, cuda_src, data):
+        calls.add((cuda_header, cuda_src, tuple(str(v.dtype) for v in inputs), tuple(map(str, dtypes))))
+        return [jt.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
+
+    monkeypatch.setattr(jt, "code", record)
+    monkeypatch.setitem(impl.ops.TYPES, 0, impl.ops.TYPES[1])
+    x = jt.zeros((2, 3, 9, 9), dtype)
+    attn, value = (jt.zeros((2, 3, 9, 9, size), dtype) for size in (25, 4))
+    outputs = [impl.ops.na2d_av(attn, value, 5)]
+    for bias in (True, False):
+        outputs.append(Conv2d(3, 3, 5, padding=2, groups=3, bias=bias).depthwise(x, True))
+    for of_parameters in {dtype, "float32"}:
+        norm = BatchNorm2d(3)
+        norm.train()
+        norm.weight, norm.bias = (jt.zeros(3, of_parameters) for _ in range(2))
+        outputs += [norm(x), channel_norm(x, norm.weight, norm.bias, 1e-6)]
+        outputs.append(grn(x, *(jt.zeros((1, 3, 1, 1), of_parameters) for _ in range(2))))
+    assert all(out.dtype == dtype for out in outputs)
+    for out in outputs:
+        jt.grad(out.float32().sum(), [x, attn, value])
+    monkeypatch.undo()
+    # na2d_av and its gradients; depthwise convolution with and without bias, the latter that of the gradient too; three norms.
+    assert len(calls) == 3 + 4 + (6 if dtype == "float32" else 12)
+    return calls
+
+
+def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
+    """Where nvcc is installed, with or without a GPU: what Jittor would compile on one, for every operator and type, compiles
+    for A100 and H100 in Jittor's C++14."""
     if impl.name != "jittor":
         pytest.skip("only jittor_impl has kernels of its own")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if not nvcc:
         pytest.skip("no nvcc on this machine")
+    calls = sorted(call for dtype in CUDA_TYPES for call in cuda_calls(impl, dtype, monkeypatch))
+    lines = ["#include <cuda_bf16.h>", "#include <cuda_fp16.h>", "#include <map>", "#include <string>"]
+    lines += dict.fromkeys(line for header, *_ in calls for line in header.splitlines())
+    for i, (_, code, inputs, outputs) in enumerate(calls):
+        names = [f"in{k}_p" for k in range(len(inputs))] + [f"out{k}_p" for k in range(len(outputs))]
+        arguments = ", ".join(f"{CUDA_TYPES[dtype]}* {name}" for dtype, name in zip(inputs + outputs, names))
+        lines.append(f"void call{i}({arguments}, std::map<std::string, double>& data) "
+                     f"{{ typedef {CUDA_TYPES[inputs[0]]} in0_type; {code} }}")
     source = tmp_path / "kernels.cu"
-    headers = ("neighbourhood.h", "cuda_launch.h", "na2d_av_cuda.h", "depthwise_cuda.h")
-    source.write_text("".join(f'#include "{header}"\n' for header in headers))
-    command = [nvcc, "-std=c++14", "-c", "-I", str(impl.ops.KERNELS), "-gencode", "arch=compute_80,code=sm_80",
+    source.write_text("\n".join(lines))
+    command = [nvcc, "-std=c++14", "--use_fast_math", "-c", "-gencode", "arch=compute_80,code=sm_80",
                "-gencode", "arch=compute_90,code=sm_90", "-o", str(tmp_path / "kernels.o"), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 def test_cuda_kernels_on_a_cpu(impl, tmp_path):
-    """Thread by thread, the CUDA kernels compute what the CPU kernels do: their logic is tested where there is no GPU."""
+    """Thread by thread, in two orders and all types, the CUDA kernels compute what the CPU kernels do: where there is no GPU
+    too, their logic is tested."""
     if impl.name != "jittor":
         pytest.skip("only jittor_impl has kernels of its own")
     program = tmp_path / "cuda_on_cpu"
-    command = ["g++", "-std=c++14", "-O1", "-march=native", "-fopenmp", "-pthread", "-I", str(impl.ops.KERNELS),
+    command = ["g++", "-std=c++14", "-O1", "-march=native", "-fopenmp", "-I", str(impl.ops.KERNELS),
                str(Path(__file__).parent / "cuda_on_cpu.cc"), "-o", str(program)]
     subprocess.run(command, check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
+    # One thread: the CPU's kernels are too small to gain from more.
+    result = subprocess.run([program], capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout
 
 

@@ -27,4 +27,19 @@ OVERLOCK_INLINE int last_query(int p, int size, int kernel) {
     return p >= size - kernel ? size - 1 : p + kernel / 2;
 }
 
+// Pixels first to first + count - 1.
+struct Span { int first, count; };
+
+// The pixels in the windows of pixels a to b.
+OVERLOCK_INLINE Span windows_of(int a, int b, int size, int kernel) {
+    const int first = window_start(a, size, kernel);
+    return {first, window_start(b, size, kernel) + kernel - first};
+}
+
+// The pixels whose windows contain any of the pixels a to b.
+OVERLOCK_INLINE Span queries_of(int a, int b, int size, int kernel) {
+    const int first = first_query(a, size, kernel);
+    return {first, last_query(b, size, kernel) + 1 - first};
+}
+
 }  // namespace overlock
