@@ -67,7 +67,7 @@ class NA2dAV(jt.Function):
         return launch(headers, (f"{call});", f"{call}, 0);"), [a, b], [out_shape], self.data)[0]
 
 
-# By jt.flags.use_cuda, what the kernels read and write; sums and statistics are float32 for each.
+# Off the GPU and on it, what the kernels read and write; sums and statistics are float32 for each.
 TYPES = {0: ("float32",), 1: ("float32", "float16", "bfloat16")}
 
 
@@ -90,7 +90,7 @@ def launch(headers, code, inputs, shapes, data, dtypes=None):
     Outputs are of the first input's type, or of `dtypes`. Everything is float32, on a GPU float16 and bfloat16 too; other
     inputs raise ValueError.
     """
-    types = TYPES[jt.flags.use_cuda]
+    types = TYPES[bool(jt.flags.use_cuda)]
     if any(x.dtype not in types for x in inputs):
         got = ", ".join(str(x.dtype) for x in inputs)
         raise ValueError(f"the kernels are for {', '.join(types)}, got {got}; use x.float32()")
