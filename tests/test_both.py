@@ -224,6 +224,19 @@ def test_align_names_a_broken_module(pythons, dataset, tmp_path):
     assert result.returncode == 1 and "They first depart at forward: evaluation sub_blocks3.1.dwconv2\n" in result.stdout, result.stdout
 
 
+def test_align_measures_steps_by_the_largest_of_several_moved_runs():
+    sys.path.append(str(ROOT))
+    from align import compare_steps
+    torch, step = np.full(40, 2.0), np.arange(40)
+    moved = 2 + 2e-6 * np.array([[1.0], [4.0], [2.0]]) * np.ones(40)
+    within, beyond = 2 + 2 * 11e-6 * np.ones(40), 2 + 2e-6 * np.where(step < 25, 11, 30)
+    rows = list(compare_steps(within, torch, moved))
+    assert len(rows) == 31 and all(row["ok"] for row in rows) and rows[0]["name"] == "step 10"
+    assert rows[0]["limit"] == pytest.approx(12e-6) and rows[0]["mean_error"] == pytest.approx(11e-6)
+    # The mean over ten steps passes 12e-6 with the first step of the larger gap.
+    assert [row["name"] for row in compare_steps(beyond, torch, moved) if not row["ok"]][0] == "step 26"
+
+
 def test_align_with_a_wrong_name_or_size(pythons, dataset, tmp_path):
     (tmp_path / "file").touch()
     for options, message in ((("--plant-fault", "nothing"), "nothing is not a ResDWConv"), (("-b", "64"), "larger than the training set"),
