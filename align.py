@@ -17,7 +17,7 @@ the mean over a rung. (A first AdamW step divides a gradient by its own size, so
 of chance where gradients are small: "step" is judged by its mean, "adamw" array by array.) For rung 7 the yardstick is
 PyTorch against PyTorch with every initial weight moved by one unit in the last place, the largest gap of five such runs,
 moved in different directions: Jittor's gap may be at most three times that at each step, both averaged over ten steps.
-(One such run alone is no yardstick: over a hundred steps one may be eleven times as far from PyTorch as another.)
+(One such run alone is no yardstick: over a hundred steps one may be sixteen times as far from PyTorch as another.)
 
 Prints a table, writes logs/alignment.csv and logs/alignment.png. Exits with status 1 if a limit is passed and names
 the first module that departs.
