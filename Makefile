@@ -2,7 +2,7 @@
 # make align  show layer by layer and step by step that both compute the same
 # make bench  time both frameworks, and the official operator, side by side
 # make test   run every test; make test-current runs those of torch_impl on a current PyTorch
-# make compile-cuda   compile all of the Jittor side for CUDA 13, with or without a GPU (some 15 minutes)
+# make compile-cuda   compile all of the Jittor side for CUDA 13, on a machine with no GPU (some 15 minutes)
 # Each environment is made when it is first needed, and again when its requirements change.
 
 PYTHON ?= python3
@@ -74,7 +74,7 @@ test-current: .venv-current/ready
 	OVERLOCK_TESTS=torch .venv-current/bin/python -m pytest -q -rs tests
 
 .venv-cuda/ready: requirements-jittor.txt requirements-cuda.txt | python-version
-	@echo "Making .venv-cuda (4 GB)"
+	@echo "Making .venv-cuda (3 GB)"
 	$(PYTHON) -m venv --clear .venv-cuda
 	.venv-cuda/bin/python -m pip install --quiet -r requirements-jittor.txt -r requirements-cuda.txt
 	.venv-cuda/bin/python jittor_impl/cuda_compat.py

@@ -346,7 +346,10 @@ def smoothed(gaps):
 
 
 def compare_steps(jittor, torch, moved):
-    """Rows of rung 7, one a step; the limit is that of the window that ends there. jittor, torch (steps,), moved (runs, steps)."""
+    """Rows of rung 7, one a step; the limit is that of the window that ends there.
+
+    jittor and torch are losses, (steps,), moved those of several runs, (runs, steps).
+    """
     gap, chance = (np.abs(runs - torch) / np.abs(torch) for runs in (jittor[None], moved))
     limits = STEP_LIMIT * np.maximum(smoothed(chance).max(0), EPS / 2)
     for i, (ours, limit) in enumerate(zip(smoothed(gap)[0], limits), min(WINDOW, len(torch)) - 1):
@@ -384,12 +387,13 @@ def draw(rows, path):
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     forward = [row for row in rows if row["rung"] == "forward" and "mean_error" in row and row["name"].startswith("training")]
-    for axes, shown, ours, theirs, label in (
-            (left, forward, "mean_error", "torch_mean_error", "PyTorch in float32"),
-            (right, [row for row in rows if row["rung"] == "steps"], "max_error", "torch_max_error",
+    steps = [row for row in rows if row["rung"] == "steps"]
+    for axes, numbers, shown, ours, theirs, label in (
+            (left, range(len(forward)), forward, "mean_error", "torch_mean_error", "PyTorch in float32"),
+            (right, [int(row["name"].split()[1]) for row in steps], steps, "max_error", "torch_max_error",
              f"PyTorch, weights moved by one unit in the last place, largest of {MOVED_RUNS}")):
-        axes.plot([row[theirs] for row in shown], color="#f0ad30", linewidth=2.5, label=label)
-        axes.plot([row[ours] for row in shown], color="#00466e", linewidth=1, label="Jittor")
+        axes.plot(numbers, [row[theirs] for row in shown], color="#f0ad30", linewidth=2.5, label=label)
+        axes.plot(numbers, [row[ours] for row in shown], color="#00466e", linewidth=1, label="Jittor")
         axes.set_yscale("log")
         axes.legend()
     left.set(title="Every module in order of execution", xlabel="module", ylabel="mean error relative to PyTorch in float64")

@@ -1,11 +1,12 @@
 """Makes the installed Jittor 1.3.11 build with CUDA 13 and cuDNN 9: `python jittor_impl/cuda_compat.py`.
 
 cuda_compat.patch says what it changes in the installed package: each hunk is for a name or a library that CUDA 13 or
-cuDNN 9 dropped, and the changed package still builds with older ones. `--revert` takes the changes back, `--check` only
+cuDNN 9 dropped, and is written for CUDA 11 and 12 and cuDNN 8 as well. `--revert` takes the changes back, `--check` only
 tells. Doing a thing twice does no harm; another version of Jittor is refused. The set-up calls it where the toolkit needs it.
 """
 import argparse
 import os
+import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -79,6 +80,7 @@ def apply(revert=False):
     for path, text in new.items():
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
         temporary.write_text(text, encoding="utf-8")
+        shutil.copymode(path, temporary)
         os.replace(temporary, path)
     return list(new)
 
@@ -95,7 +97,7 @@ def main():
             print("not changed: " + ", ".join(map(str, missing)) if missing else "the changes for CUDA 13 are in place")
             return int(bool(missing))
         done = apply(args.revert)
-    except CompatError as error:
+    except (CompatError, OSError) as error:
         print(f"cuda_compat.py: error: {error}", file=sys.stderr)
         return 2
     for path in done:

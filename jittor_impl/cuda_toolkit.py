@@ -7,10 +7,10 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-cublas",
-            "nvidia-cufft", "nvidia-curand", "nvidia-nvjitlink", "nvidia-cusparse", "nvidia-cudnn-cu13")
+PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-cuda-nvrtc",
+            "nvidia-cublas", "nvidia-cufft", "nvidia-curand", "nvidia-nvjitlink", "nvidia-cusparse", "nvidia-cudnn-cu13")
 # In the order in which they need each other.
-LIBRARIES = ("cudart", "cublasLt", "cublas", "cufft", "curand", "nvJitLink", "cusparse", "cudnn")
+LIBRARIES = ("cudart", "cublasLt", "cublas", "cufft", "curand", "nvJitLink", "cusparse", "nvrtc", "cudnn")
 SYSTEM_INCLUDE = Path("/usr/include")
 
 
@@ -19,6 +19,7 @@ def replace_link(link, target):
     if link.is_symlink() and os.readlink(link) == str(target):
         return
     temporary = link.with_name(f"{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # of a process that was killed, in a container with the same numbers
     temporary.symlink_to(target)
     os.replace(temporary, link)
 
@@ -42,6 +43,18 @@ def driver_version():
     return version.value // 1000
 
 
+def compute_capability():
+    """That of the oldest GPU, such as 75 for Turing; raises OSError without a driver."""
+    driver, device, major, minor = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    capabilities = []
+    for number in range(device_count()):
+        driver.cuDeviceGet(ctypes.byref(device), number)
+        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # the attributes' numbers in cuda.h
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+        capabilities.append(10 * major.value + minor.value)
+    return min(capabilities)
+
+
 def system_nvcc():
     """The nvcc on the PATH or in CUDA's usual place, None if there is none."""
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -57,17 +70,20 @@ def packaged_nvcc(home):
         files = [f for package in PACKAGES for f in metadata.files(package) or ()]
     except metadata.PackageNotFoundError:
         return None
-    root, links = Path(home) / ".cache" / "jittor" / "overlock_cuda", {}
+    root, links, nvcc = Path(home) / ".cache" / "jittor" / "overlock_cuda", {}, None
     for f in files:  # relative to site-packages, such as nvidia/cu13/include/crt/host_defines.h, nvidia/cudnn/lib/libcudnn.so.9
         if "include" in f.parts:
-            depth = len(f.parts) - f.parts.index("include") - 2  # include/crt is linked, not each file in it
-            links[root / "include" / f.parts[-1 - depth]] = [f.locate(), *f.locate().parents][depth]
+            # What stands directly in include/ is linked, include/crt and not each file in it.
+            below = len(f.parts) - f.parts.index("include") - 2
+            links[root / "include" / f.parts[-1 - below]] = [f.locate(), *f.locate().parents][below]
         elif f.parent.name == "lib" and f.suffix == ".a":
             links[root / "lib64" / f.name] = f.locate()
         elif f.parent.name == "lib" and ".so" in f.name:
             links[root / "lib64" / f.name] = links[root / "lib64" / f"{f.name.partition('.so')[0]}.so"] = f.locate()
         elif f.parent.name == "bin" and f.name == "nvcc":
             nvcc = f.locate()
+    if nvcc is None:
+        return None
     for link, target in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)
         replace_link(link, Path(target).resolve())
@@ -83,20 +99,26 @@ def packaged_nvcc(home):
     return str(script)
 
 
+def library_folder(nvcc):
+    """Where Jittor looks for the libraries of this nvcc."""
+    if nvcc == "/usr/bin/nvcc":  # Debian's and Ubuntu's package
+        return Path("/usr/lib/x86_64-linux-gnu")
+    return Path(nvcc).resolve().parent.parent / "lib64"
+
+
 def load_libraries(nvcc):
     """Load the toolkit's libraries, so that Jittor's own, which are linked to them by name, find them in no search path."""
-    folder = Path(nvcc).resolve().parent.parent / "lib64"
     for name in LIBRARIES:
-        library = folder / f"lib{name}.so"
+        library = library_folder(nvcc) / f"lib{name}.so"
         if library.exists():
             ctypes.CDLL(str(library.resolve()), ctypes.RTLD_GLOBAL)
 
 
 def toolkit_version(nvcc):
-    """The toolkit's major version, 0 if nvcc does not tell."""
+    """The toolkit's version, such as (13, 0, 88); () if nvcc does not tell."""
     output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    version = re.search(r"release (\d+)", output)
-    return int(version[1]) if version else 0
+    version = re.search(r"V(\d+)\.(\d+)\.(\d+)", output)
+    return tuple(map(int, version.groups())) if version else ()
 
 
 def cudnn_version(nvcc):
@@ -109,3 +131,19 @@ def cudnn_version(nvcc):
                 if version:
                     return int(version[1])
     return 0
+
+
+def problem(nvcc):
+    """Why Jittor cannot work with this nvcc on this machine's GPUs; None if it can. Without a GPU, only whether it can compile."""
+    if not shutil.which(nvcc):
+        return f"there is no compiler {nvcc}"
+    version = toolkit_version(nvcc)
+    if not version or not (library_folder(nvcc) / "libcudart.so").exists():
+        return f"{nvcc} is no CUDA toolkit as Jittor needs it, with {library_folder(nvcc) / 'libcudart.so'}"
+    if not cudnn_version(nvcc):
+        return f"there is no cuDNN beside {nvcc}"
+    if device_count() and driver_version() < version[0]:
+        return f"{nvcc} is of CUDA {version[0]}, but the GPU's driver is for CUDA {driver_version()} at most"
+    if device_count() and version >= (13,) and compute_capability() < 75:
+        return f"{nvcc} is of CUDA {version[0]}, which has dropped GPUs older than Turing; install CUDA 12"
+    return None

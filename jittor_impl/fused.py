@@ -189,7 +189,8 @@ class BatchNorm(jt.Function):
     def execute(self, x, weight, bias, layer):
         check_types("BatchNorm: weight and bias", weight, bias)
         if layer.running_mean.dtype != "float32" or layer.running_var.dtype != "float32":
-            raise ValueError(f"BatchNorm: the running statistics must be float32, got {layer.running_mean.dtype}")
+            raise ValueError(f"BatchNorm: the running statistics must be float32, got {layer.running_mean.dtype} and "
+                             f"{layer.running_var.dtype}")
         B, C, H, W = x.shape
         self.data = {"B": B, "C": C, "P": H * W, "chunks": norm_chunks(x)}
         numbers = {**self.data, "eps": layer.eps, "momentum": layer.momentum}

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 import cuda_compat
-from cuda_toolkit import (cudnn_version, device_count, driver_version, load_libraries, packaged_nvcc, replace_link,
+from cuda_toolkit import (cudnn_version, device_count, driver_version, load_libraries, packaged_nvcc, problem, replace_link,
                           system_nvcc, toolkit_version)
 
 ONEDNN_PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")  # libmkldnn.so and its headers, on PyPI
@@ -71,16 +71,18 @@ def choose_cuda(home):
     if chosen == "":
         return
     reason = None
-    if not chosen and not device_count():
-        if system_nvcc():
+    if not device_count() and "OVERLOCK_COMPILES_FOR_CUDA" not in os.environ:
+        if chosen or system_nvcc():
             reason = "nvcc is installed but no CUDA GPU is usable"
     else:
-        reason = "there is a CUDA GPU but no nvcc (pip install -r requirements-cuda.txt)"
+        reason = "there is a CUDA GPU but no nvcc"
         for nvcc in filter(None, [chosen] if chosen else [packaged_nvcc(home), system_nvcc()]):
-            reason = prepare_cuda(nvcc)
+            reason = problem(nvcc) or prepare_cuda(nvcc)
             if not reason:
                 os.environ["nvcc_path"] = nvcc
                 return
+        if device_count() and driver_version() >= 13:
+            reason += " (pip install -r requirements-cuda.txt brings all that is needed)"
     if reason:
         notice(f"{reason}: running on the CPU")
     os.environ["nvcc_path"] = ""
@@ -88,13 +90,8 @@ def choose_cuda(home):
 
 def prepare_cuda(nvcc):
     """Make this toolkit and the installed Jittor fit together. Returns why they cannot, or None."""
-    cudnn = cudnn_version(nvcc)
-    if not cudnn:
-        return f"no cuDNN beside {nvcc} (pip install -r requirements-cuda.txt brings one)"
-    if device_count() and driver_version() < toolkit_version(nvcc):
-        return f"{nvcc} is of CUDA {toolkit_version(nvcc)}, the GPU's driver is for CUDA {driver_version()} at most (update one of them)"
     try:
-        if toolkit_version(nvcc) >= 13 or cudnn >= 9:
+        if toolkit_version(nvcc) >= (13,) or cudnn_version(nvcc) >= 9:
             changed = cuda_compat.apply()
             if changed:
                 notice(f"changed {len(changed)} files of the installed Jittor for CUDA 13 and cuDNN 9 "
@@ -102,6 +99,7 @@ def prepare_cuda(nvcc):
         load_libraries(nvcc)
     except (cuda_compat.CompatError, OSError) as error:
         return str(error)
+    return None
 
 
 class Compilation:
@@ -192,6 +190,8 @@ def import_jittor():
         fail("no g++, which Jittor compiles with; install it (Debian: apt install g++)")
 
     import jittor_utils
+    from jittor_utils import install_cuda
+    install_cuda.has_installation = lambda: False  # a toolkit that it downloaded once would come before nvcc_path, and update itself
     choose_cuda(jittor_utils.home())
     provide_onednn(jittor_utils.home())
     # Jittor asks a python3.x-config, which no virtual environment has, and may take another Python's headers.
@@ -199,7 +199,8 @@ def import_jittor():
     jittor_utils._py3_extension_suffix = sysconfig.get_config_var("EXT_SUFFIX")
     jittor_utils.DelayProgress = Compilation
     compiling = "OVERLOCK_COMPILES_JITTOR" in os.environ
-    core = "cu*/jittor_core*" if os.environ["nvcc_path"] else "jittor_core*"
+    nvcc = os.environ["nvcc_path"]
+    core = f"cu{'.'.join(map(str, toolkit_version(nvcc)))}*/jittor_core*" if nvcc else "jittor_core*"
     if not compiling and not list(Path(jittor_utils.cache_path).glob(core)):
         compile_jittor()
     try:

@@ -90,6 +90,7 @@ def main():
         home.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "HOME": str(home), "nvcc_path": prepare(home), "cuda_archs": args.archs,
                        "OVERLOCK_COMPILES_FOR_CUDA": "1"}
+        environment.pop("JITTOR_HOME", None)  # it would come before HOME
         status = subprocess.run([sys.executable, *sys.argv], env=environment).returncode
         print(f"{'compiled' if status == 0 else 'failed'} for compute capabilities {args.archs}, "
               f"{(time.perf_counter() - start) / 60:.0f} min")

@@ -133,6 +133,8 @@ def test_half_precision(kernels, monkeypatch):
             assert [g.dtype for g in grads] == [dtype, "float32", "float32"]
             results.append([v.float32().numpy() for v in (out, *grads)])
     assert norm.running_mean.dtype == norm.running_var.dtype == "float32"
+    norm.eval()
+    assert norm(jt.array(x)).dtype == "float16"
     for half, single in zip(results[:2], results[2:]):
         for actual, expected in zip(half, single):
             assert np.abs(actual - expected).max() <= (2**-11 + 5e-6) * np.abs(expected).max()

@@ -1,4 +1,5 @@
 """Which CUDA toolkit Jittor gets, and the changes of the installed package that CUDA 13 and cuDNN 9 need."""
+import ctypes
 import os
 import shutil
 import subprocess
@@ -63,7 +64,7 @@ def test_another_version_of_jittor_is_refused():
 @pytest.mark.parametrize("header, dropped", [("helper_cuda.h", "computeMode"), ("cuda_limits.h", "npp.h")])
 def test_headers_compile_with_cuda_13_once_changed(header, dropped, package, tmp_path):
     nvcc = cuda_toolkit.system_nvcc()
-    if not nvcc or cuda_toolkit.toolkit_version(nvcc) < 13:
+    if not nvcc or cuda_toolkit.toolkit_version(nvcc) < (13,):
         pytest.skip("no nvcc of CUDA 13 or newer")
     source = tmp_path / "headers.cu"
     source.write_text(f'#include "{header}"\n')
@@ -78,10 +79,13 @@ def test_headers_compile_with_cuda_13_once_changed(header, dropped, package, tmp
     assert after.returncode == 0, after.stderr
 
 
-def fake_toolkit(folder, release, cudnn):
+def fake_toolkit(folder, release, cudnn, lib64="lib64"):
     """A toolkit that says what it is, and no more."""
     (folder / "bin").mkdir(parents=True)
     (folder / "include").mkdir()
+    (folder / lib64).mkdir()
+    # A library that can be loaded: any.
+    (folder / lib64 / "libcudart.so").symlink_to(next(Path(ctypes.__file__).parent.parent.glob("lib-dynload/_ctypes*.so")))
     (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.48\n")
     (folder / "bin" / "nvcc").chmod(0o755)
     if cudnn:
@@ -92,12 +96,15 @@ def fake_toolkit(folder, release, cudnn):
 @pytest.fixture
 def choose(tmp_path, monkeypatch):
     """choose_cuda on a machine with so many GPUs and this system-wide nvcc. Returns the nvcc that Jittor gets."""
-    def choose(gpus, nvcc, chosen=None, driver=13):
+    def choose(gpus, nvcc, chosen=None, driver=13, capability=90, packaged=None):
         monkeypatch.delenv("nvcc_path", raising=False)
         if chosen is not None:
             monkeypatch.setenv("nvcc_path", chosen)
-        monkeypatch.setattr(jittor_setup, "device_count", lambda: gpus)
-        monkeypatch.setattr(jittor_setup, "driver_version", lambda: driver)
+        for module in (jittor_setup, cuda_toolkit):
+            monkeypatch.setattr(module, "device_count", lambda: gpus)
+            monkeypatch.setattr(module, "driver_version", lambda: driver)
+        monkeypatch.setattr(cuda_toolkit, "compute_capability", lambda: capability)
+        monkeypatch.setattr(jittor_setup, "packaged_nvcc", lambda home: packaged)
         monkeypatch.setattr(jittor_setup, "system_nvcc", lambda: nvcc)
         jittor_setup.choose_cuda(tmp_path)
         return os.environ["nvcc_path"]
@@ -108,11 +115,18 @@ def test_nvcc_without_a_gpu_means_the_cpu(tmp_path, choose, capsys):
     nvcc = fake_toolkit(tmp_path / "cuda", "12.4", 8)
     assert choose(0, nvcc) == "" and "no CUDA GPU is usable: running on the CPU\n" in capsys.readouterr().err
     assert choose(0, None) == "" and capsys.readouterr().err == ""
+    assert choose(0, None, chosen=nvcc) == "" and "no CUDA GPU is usable" in capsys.readouterr().err
     assert choose(1, nvcc, chosen="") == "" and capsys.readouterr().err == ""
 
 
 def test_a_gpu_without_nvcc_downloads_no_toolkit(choose, capsys):
-    assert choose(1, None) == "" and "no nvcc (pip install -r requirements-cuda.txt)" in capsys.readouterr().err
+    assert choose(1, None) == "" and "no nvcc (pip install -r requirements-cuda.txt " in capsys.readouterr().err
+    assert choose(1, None, driver=12) == "" and "pip install" not in capsys.readouterr().err  # they are of CUDA 13
+
+
+def test_a_toolkit_that_jittor_downloaded_once_is_left_alone():
+    from jittor_utils import install_cuda
+    assert not install_cuda.has_installation()
 
 
 @pytest.mark.parametrize("release, cudnn, changed", [("12.4", 8, 0), ("12.4", 9, 7), ("13.0", 9, 7)])
@@ -129,18 +143,23 @@ def test_toolkits_that_cannot_be_used_mean_the_cpu(tmp_path, package, choose, mo
     monkeypatch.setattr(cuda_toolkit, "SYSTEM_INCLUDE", tmp_path)
     assert choose(1, fake_toolkit(tmp_path / "without", "12.4", None)) == ""
     assert "no cuDNN beside" in capsys.readouterr().err
+    assert choose(1, fake_toolkit(tmp_path / "conda", "12.4", 8, "lib")) == ""  # where Jittor does not look for libraries
+    assert "lib64/libcudart.so" in capsys.readouterr().err
+    assert choose(1, None, chosen="/nowhere/nvcc") == "" and "no compiler /nowhere/nvcc" in capsys.readouterr().err
     (package / "jittor" / "compiler.py").write_text("something else")
     assert choose(1, fake_toolkit(tmp_path / "cuda", "13.0", 9)) == ""
     assert "compiler.py is not as Jittor 1.3.11.0 has it" in capsys.readouterr().err
 
 
-def test_a_toolkit_newer_than_the_driver_gives_way(tmp_path, package, choose, monkeypatch, capsys):
+def test_a_toolkit_that_is_too_new_gives_way(tmp_path, package, choose, capsys):
     new, old = fake_toolkit(tmp_path / "new", "13.0", 9), fake_toolkit(tmp_path / "old", "12.4", 8)
-    monkeypatch.setattr(jittor_setup, "packaged_nvcc", lambda home: new)
-    assert choose(1, old, driver=13) == new and "changed 7 files" in capsys.readouterr().err
-    assert choose(1, old, driver=12) == old and capsys.readouterr().err == ""
-    assert choose(1, None, driver=12) == ""
-    assert "is of CUDA 13, the GPU's driver is for CUDA 12 at most" in capsys.readouterr().err
+    assert choose(1, old, packaged=new) == new and "changed 7 files" in capsys.readouterr().err
+    assert choose(1, old, packaged=new, driver=12) == old and capsys.readouterr().err == ""
+    assert choose(1, old, packaged=new, capability=70) == old and capsys.readouterr().err == ""
+    assert choose(1, None, packaged=new, driver=12) == ""
+    assert "is of CUDA 13, but the GPU's driver is for CUDA 12 at most" in capsys.readouterr().err
+    assert choose(1, None, packaged=new, capability=70) == ""
+    assert "dropped GPUs older than Turing" in capsys.readouterr().err
 
 
 def test_packages_of_nvidia_become_a_toolkit(tmp_path, monkeypatch):
@@ -160,13 +179,13 @@ def test_packages_of_nvidia_become_a_toolkit(tmp_path, monkeypatch):
             for name in names:
                 (site / name).parent.mkdir(parents=True, exist_ok=True)
                 (site / name).write_text("#define CUDNN_MAJOR 9\n" if name.endswith("cudnn_version.h") else
-                                         f"#!/bin/sh\necho release 13.0 of {environment}\n")
+                                         f"#!/bin/sh\necho release 13.0, V13.0.88 of {environment}\n")
                 (site / name).chmod(0o755)
         monkeypatch.syspath_prepend(site)
         nvcc = cuda_toolkit.packaged_nvcc(tmp_path)
         root = Path(nvcc).parent.parent
         assert f"of {environment}" in subprocess.run([nvcc], capture_output=True, text=True).stdout
-        assert cuda_toolkit.toolkit_version(nvcc) == 13 and cuda_toolkit.cudnn_version(nvcc) == 9
+        assert cuda_toolkit.toolkit_version(nvcc) == (13, 0, 88) and cuda_toolkit.cudnn_version(nvcc) == 9
         for name, target in (("include/crt/host_defines.h", "cu13/include/crt/host_defines.h"),
                              ("lib64/libcudart.so", "cu13/lib/libcudart.so.13"), ("lib64/libcudadevrt.a", "cu13/lib/libcudadevrt.a"),
                              ("lib64/libcudnn.so.9", "cudnn/lib/libcudnn.so.9")):
