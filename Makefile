@@ -77,7 +77,6 @@ test-current: .venv-current/ready
 	@echo "Making .venv-cuda (3 GB)"
 	$(PYTHON) -m venv --clear .venv-cuda
 	.venv-cuda/bin/python -m pip install --quiet -r requirements-jittor.txt -r requirements-cuda.txt
-	.venv-cuda/bin/python jittor_impl/cuda_compat.py
 	touch $@
 
 compile-cuda: .venv-cuda/ready

@@ -10,7 +10,7 @@ import numpy as np
 import fused
 from jittor_setup import jt
 from jittor import nn
-from ops import TYPES, cast
+from ops import cast, kernel_types
 
 
 def on_cpu():
@@ -77,7 +77,7 @@ class Conv2d(nn.Conv2d):
 
     def depthwise(self, x, residual):
         """The depthwise convolution of x, plus x itself if `residual`; for one that `keeps_size`."""
-        if x.dtype in TYPES[bool(jt.flags.use_cuda)] and (on_cpu() or fused.fits_gpu(self.kernel_size[0], self.dilation[0])):
+        if x.dtype in kernel_types() and (on_cpu() or fused.fits_gpu(self.kernel_size[0], self.dilation[0])):
             weight, bias = (None if v is None else cast(v, x.dtype) for v in (self.weight, self.bias))
             return fused.DepthwiseConv.apply(x, weight, bias, self.dilation[0], residual)
         return x + super().execute(x) if residual else super().execute(x)

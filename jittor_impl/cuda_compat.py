@@ -6,10 +6,11 @@ tells. Doing a thing twice does no harm; another version of Jittor is refused. T
 """
 import argparse
 import os
-import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
+
+from setup_files import replace_text
 
 VERSION = "1.3.11.0"
 PATCH = Path(__file__).resolve().parent / "cuda_compat.patch"
@@ -78,10 +79,7 @@ def apply(revert=False):
         if not os.access(path.parent, os.W_OK):
             raise CompatError(f"{path.parent} cannot be written; use a virtual environment of your own")
     for path, text in new.items():
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        shutil.copymode(path, temporary)
-        os.replace(temporary, path)
+        replace_text(path, text, path.stat().st_mode & 0o777)
     return list(new)
 
 

@@ -1,27 +1,18 @@
 """Finds the CUDA toolkit that Jittor compiles with: a system-wide one, or NVIDIA's packages from PyPI (requirements-cuda.txt)."""
 import ctypes
-import os
 import re
 import shutil
 import subprocess
-from importlib import metadata
+from functools import lru_cache
 from pathlib import Path
+
+from setup_files import package_files, replace_link, replace_text
 
 PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-cuda-nvrtc",
             "nvidia-cublas", "nvidia-cufft", "nvidia-curand", "nvidia-nvjitlink", "nvidia-cusparse", "nvidia-cudnn-cu13")
 # In the order in which they need each other.
 LIBRARIES = ("cudart", "cublasLt", "cublas", "cufft", "curand", "nvJitLink", "cusparse", "nvrtc", "cudnn")
 SYSTEM_INCLUDE = Path("/usr/include")
-
-
-def replace_link(link, target):
-    """Point `link` at `target` in one step, so that a process that starts meanwhile never sees it missing."""
-    if link.is_symlink() and os.readlink(link) == str(target):
-        return
-    temporary = link.with_name(f"{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)  # of a process that was killed, in a container with the same numbers
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
 
 
 def device_count():
@@ -66,12 +57,8 @@ def packaged_nvcc(home):
     Jittor expects bin/, include/ and lib64/ side by side and libraries without a version in their names, none of which
     the packages have. Like oneDNN's, the links are renewed at every start, not trusted.
     """
-    try:
-        files = [f for package in PACKAGES for f in metadata.files(package) or ()]
-    except metadata.PackageNotFoundError:
-        return None
     root, links, nvcc = Path(home) / ".cache" / "jittor" / "overlock_cuda", {}, None
-    for f in files:  # relative to site-packages, such as nvidia/cu13/include/crt/host_defines.h, nvidia/cudnn/lib/libcudnn.so.9
+    for f in package_files(PACKAGES) or ():  # relative to site-packages, such as nvidia/cu13/include/crt/host_defines.h, nvidia/cudnn/lib/libcudnn.so.9
         if "include" in f.parts:
             # What stands directly in include/ is linked, include/crt and not each file in it.
             below = len(f.parts) - f.parts.index("include") - 2
@@ -85,17 +72,12 @@ def packaged_nvcc(home):
     if nvcc is None:
         return None
     for link, target in links.items():
-        link.parent.mkdir(parents=True, exist_ok=True)
-        replace_link(link, Path(target).resolve())
+        replace_link(link, target)
     # nvcc finds its parts beside itself, so it is called by its own name and not through a link.
     script = root / "bin" / "nvcc"
-    script.parent.mkdir(parents=True, exist_ok=True)
     text = f"#!/bin/sh\nexec '{Path(nvcc).resolve()}' \"$@\"\n"
     if not script.exists() or script.read_text() != text:
-        temporary = script.with_name(f"nvcc.{os.getpid()}")
-        temporary.write_text(text)
-        temporary.chmod(0o755)
-        os.replace(temporary, script)
+        replace_text(script, text, 0o755)
     return str(script)
 
 
@@ -114,6 +96,7 @@ def load_libraries(nvcc):
             ctypes.CDLL(str(library.resolve()), ctypes.RTLD_GLOBAL)
 
 
+@lru_cache(maxsize=None)
 def toolkit_version(nvcc):
     """The toolkit's version, such as (13, 0, 88); () if nvcc does not tell."""
     output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
@@ -142,8 +125,9 @@ def problem(nvcc):
         return f"{nvcc} is no CUDA toolkit as Jittor needs it, with {library_folder(nvcc) / 'libcudart.so'}"
     if not cudnn_version(nvcc):
         return f"there is no cuDNN beside {nvcc}"
-    if device_count() and driver_version() < version[0]:
+    gpus = device_count()
+    if gpus and driver_version() < version[0]:
         return f"{nvcc} is of CUDA {version[0]}, but the GPU's driver is for CUDA {driver_version()} at most"
-    if device_count() and version >= (13,) and compute_capability() < 75:
+    if gpus and version >= (13,) and compute_capability() < 75:
         return f"{nvcc} is of CUDA {version[0]}, which has dropped GPUs older than Turing; install CUDA 12"
     return None

@@ -19,8 +19,9 @@ from importlib import metadata
 from pathlib import Path
 
 import cuda_compat
-from cuda_toolkit import (cudnn_version, device_count, driver_version, load_libraries, packaged_nvcc, problem, replace_link,
-                          system_nvcc, toolkit_version)
+from cuda_toolkit import (cudnn_version, device_count, driver_version, load_libraries, packaged_nvcc, problem, system_nvcc,
+                          toolkit_version)
+from setup_files import package_files, replace_link
 
 ONEDNN_PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")  # libmkldnn.so and its headers, on PyPI
 
@@ -43,9 +44,8 @@ def provide_onednn(home):
     library = root / "lib" / "libmkldnn.so"
     if library.exists() and not library.is_symlink():
         return  # Jittor's own download
-    try:
-        files = [f for package in ONEDNN_PACKAGES for f in metadata.files(package)]
-    except metadata.PackageNotFoundError:
+    files = package_files(ONEDNN_PACKAGES)
+    if files is None:
         if not library.exists():
             notice("oneDNN is not installed; Jittor will try to download it "
                    "(pip install -r requirements-jittor.txt avoids that)")
@@ -53,13 +53,9 @@ def provide_onednn(home):
     # Link file by file: a whole environment's lib/ may hold a libstdc++ that Jittor must not link to.
     for f in files:  # relative to site-packages, such as ../../libdnnl.so.2 or ../../../include/oneapi/dnnl/dnnl.h
         if ".so" in f.name:
-            link = root / "lib" / f.name
+            replace_link(root / "lib" / f.name, f.locate())
         elif "include" in f.parts:
-            link = root.joinpath(*f.parts[f.parts.index("include"):])
-        else:
-            continue
-        link.parent.mkdir(parents=True, exist_ok=True)
-        replace_link(link, Path(f.locate()).resolve())
+            replace_link(root.joinpath(*f.parts[f.parts.index("include"):]), f.locate())
 
 
 def choose_cuda(home):

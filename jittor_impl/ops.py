@@ -71,6 +71,11 @@ class NA2dAV(jt.Function):
 TYPES = {0: ("float32",), 1: ("float32", "float16", "bfloat16")}
 
 
+def kernel_types():
+    """The types of maps that the kernels take on the device in use."""
+    return TYPES[bool(jt.flags.use_cuda)]
+
+
 def check_types(name, *inputs):
     """Raise ValueError, with the types, unless they are all the same."""
     if any(x.dtype != inputs[0].dtype for x in inputs):
@@ -90,7 +95,7 @@ def launch(headers, code, inputs, shapes, data, dtypes=None):
     Outputs are of the first input's type, or of `dtypes`. Everything is float32, on a GPU float16 and bfloat16 too; other
     inputs raise ValueError.
     """
-    types = TYPES[bool(jt.flags.use_cuda)]
+    types = kernel_types()
     if any(x.dtype not in types for x in inputs):
         got = ", ".join(str(x.dtype) for x in inputs)
         raise ValueError(f"the kernels are for {', '.join(types)}, got {got}; use x.float32()")

@@ -19,6 +19,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent / "jittor_impl"))
 import cuda_toolkit
+from setup_files import replace_link
 
 STUBS = TESTS / "cuda_stubs.c"
 STAND_INS = ("cudart", "cublas", "cublasLt", "cudnn", "cufft", "curand", "cusparse")
@@ -27,7 +28,7 @@ STAND_INS = ("cudart", "cublas", "cublasLt", "cudnn", "cufft", "curand", "cuspar
 def make_stand_in(library, folder):
     """A library of the same name and with the same functions, which do nothing. Returns its path."""
     symbols = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True).stdout
-    names = {re.split("@", line.split()[2])[0] for line in symbols.splitlines() if line.split()[1] in "TWi"}
+    names = {line.split()[2].partition("@")[0] for line in symbols.splitlines() if line.split()[1] in "TWi"}
     written = set(re.findall(r"\b\w+(?=\()", subprocess.run(["gcc", "-E", "-P", STUBS], check=True, capture_output=True, text=True).stdout))
     names = {name for name in names - written if re.match("_*(cuda|cublas|cudnn|cufft|curand|cusparse)", name)}
     source, stand_in = folder / f"{library.name}.c", folder / library.name
@@ -46,7 +47,7 @@ def prepare(home):
         library = (lib64 / f"lib{name}.so").resolve()
         stand_in = make_stand_in(library, lib64.parent)
         for link in lib64.glob(f"lib{name}.so*"):
-            cuda_toolkit.replace_link(link, stand_in)
+            replace_link(link, stand_in)
     return nvcc
 
 
@@ -54,18 +55,18 @@ def steps(model_name, size):
     """A training step and inference, on the GPU that is not there; runs in a process of its own."""
     import numpy as np
     from jittor_setup import jt
-    from jittor.nn import cross_entropy_loss
 
     import models
-    from adamw import AdamW
-    from checkpoint import trainable
+    import train
     jt.flags.use_cuda = 1
-    model = models.OverLoCK(**models.VARIANTS[model_name], num_classes=20)
-    optimizer = AdamW(list(trainable(model).values()), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    defaults = train.make_parser().parse_args([])
+    model = models.OverLoCK(**models.VARIANTS[model_name], num_classes=defaults.num_classes)
+    optimizer = train.make_optimizer(model, defaults)
     images, labels = jt.array(np.zeros((2, 3, size, size), np.float32)), jt.array(np.array([0, 1], np.int32))
     model.train()
     output = model(images)
-    optimizer.step(cross_entropy_loss(output["main"], labels) + 0.4 * cross_entropy_loss(output["aux"], labels))
+    main, aux = (train.cross_entropy(output[head], labels) for head in ("main", "aux"))
+    optimizer.step(main + defaults.aux_loss_ratio * aux)
     jt.sync_all()
     print("every operator of a training step is compiled", flush=True)
     model.eval()

@@ -13,13 +13,14 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ONLY_JITTOR_FILES = {"adamw.py", "aligned_nn.py", "cuda_compat.py", "cuda_toolkit.py", "fused.py", "jittor_setup.py"}
+ONLY_JITTOR_FILES = {"adamw.py", "aligned_nn.py", "cuda_compat.py", "cuda_toolkit.py", "fused.py", "jittor_setup.py",
+                     "setup_files.py"}
 ONLY_TORCH_FILES = {"na2d_av_triton.py"}
 MIRRORED = sorted({path.name for path in (ROOT / "torch_impl").glob("*.py")} - ONLY_TORCH_FILES)
 # What only one framework needs. Everything else must be in both.
 ONLY_JITTOR = {"ops.py": {"NA2dAV", "NA2dAV.execute(self, attn, value, kernel_size)", "NA2dAV.grad(self, grad_out)",
                           "NA2dAV.run(self, kernel, a, b, out_shape)", "launch(headers, code, inputs, shapes, data, dtypes=None)",
-                          "check_types(name, *inputs)", "cast(x, dtype)",
+                          "kernel_types()", "check_types(name, *inputs)", "cast(x, dtype)",
                           "includes(names)", "with_data(code)"}}
 ONLY_TORCH = {"ops.py": {"triton_kernels()", "set_na2d_backend(name)", "choose_na2d_backend(on_gpu, pixels, dtypes)",
                          "tiling(size, kernel_size, whole)",

@@ -198,5 +198,5 @@ def test_an_incomplete_set_of_packages_is_no_toolkit(tmp_path, monkeypatch):
         if package == "nvidia-cudnn-cu13":
             raise metadata.PackageNotFoundError(package)
         return []
-    monkeypatch.setattr(cuda_toolkit.metadata, "files", files)
+    monkeypatch.setattr(metadata, "files", files)
     assert cuda_toolkit.packaged_nvcc(tmp_path) is None

@@ -1,7 +1,6 @@
 """na2d_av against the reference values, its definition in float64, NATTEN, and bad shapes."""
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,7 +156,8 @@ def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
     for A100 and H100 in Jittor's C++14."""
     if impl.name != "jittor":
         pytest.skip("only jittor_impl has kernels of its own")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    from cuda_toolkit import system_nvcc
+    nvcc = system_nvcc()
     if not nvcc:
         pytest.skip("no nvcc on this machine")
     calls = sorted(call for dtype in CUDA_TYPES for call in cuda_calls(impl, dtype, monkeypatch))

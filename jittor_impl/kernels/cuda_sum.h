@@ -1,9 +1,11 @@
 // Sums over the threads of a block on the GPU, without atomics. Include cuda_launch.h before it.
 #pragma once
+#include <cstddef>
 
 namespace overlock {
 
 constexpr int SUM_THREADS = 256;  // threads of the blocks that sum, each with a float of shared memory
+constexpr size_t SUM_BYTES = SUM_THREADS * sizeof(float);
 
 // The sum of `value` over a group of threads, for each of them. A group is `lanes` threads (a power of 2) that stand `stride`
 // apart. Pairs are summed, then pairs of pairs: the order never changes, and the rounding error grows with log2(lanes) alone.

@@ -53,9 +53,6 @@ __global__ void depthwise_kernel(const T* __restrict__ x, const T* __restrict__ 
     }
 }
 
-// How many strips the taps make. One more thread sums the bias' gradient.
-__device__ inline int tap_strips(int K) { return K * ((K + STRIP - 1) / STRIP); }
-
 // Grid: (C, chunks of the batch). partial (chunks, C, K*K + 1); the last sum is the bias'. As many groups of threads as fit share
 // the pixels: each takes every so manieth strip of 4 pixels of a tile, and the groups are summed up in their order. The last
 // strip of a row of taps may have taps beyond the kernel: they read what lies behind, within shared memory, and are dropped.
@@ -64,9 +61,9 @@ __global__ void depthwise_grad_weight_kernel(const T* __restrict__ x, const T* _
                                              int B, int C, int H, int W, int K, int dilation) {
     OVERLOCK_SHARED(shared);
     const int sums = K * K + 1, reach = dilation * (K / 2), side = DEPTHWISE_SIDE + 2 * reach, c = blockIdx.x;
-    const int strips = tap_strips(K), groups = TAP_THREADS / (strips + 1);
-    const int group = threadIdx.x / (strips + 1), strip = threadIdx.x % (strips + 1);
-    const int per_row = (K + STRIP - 1) / STRIP, p = strip / per_row, q = strip % per_row * STRIP;
+    // The strips that the taps make, and one more thread, which sums the bias' gradient.
+    const int per_row = (K + STRIP - 1) / STRIP, strips = K * per_row, groups = TAP_THREADS / (strips + 1);
+    const int group = threadIdx.x / (strips + 1), strip = threadIdx.x % (strips + 1), p = strip / per_row, q = strip % per_row * STRIP;
     const int first = (int64_t)blockIdx.y * B / gridDim.y, end = (int64_t)(blockIdx.y + 1) * B / gridDim.y;
     float *tile = shared, *grad = tile + side * side;
     float sum[STRIP] = {0};

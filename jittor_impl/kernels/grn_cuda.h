@@ -115,10 +115,9 @@ void grn(const T* x, const Param* gamma, const Param* beta, T* y, float* norms, 
          int B, int C, int64_t P, cudaStream_t stream) {
     const int64_t maps = (int64_t)B * C;
     const int lanes = map_lanes(P), blocks = blocks_of(maps, SUM_THREADS / lanes);
-    const size_t bytes = SUM_THREADS * sizeof(float);
     const float* no_dots = nullptr;
-    OVERLOCK_LAUNCH(grn_norms_kernel, blocks, SUM_THREADS, bytes, stream, x, norms, maps, P, lanes);
-    OVERLOCK_LAUNCH(grn_images_kernel, B, SUM_THREADS, bytes, stream, norms, no_dots, gamma, images, C);
+    OVERLOCK_LAUNCH(grn_norms_kernel, blocks, SUM_THREADS, SUM_BYTES, stream, x, norms, maps, P, lanes);
+    OVERLOCK_LAUNCH(grn_images_kernel, B, SUM_THREADS, SUM_BYTES, stream, norms, no_dots, gamma, images, C);
     OVERLOCK_LAUNCH(grn_apply_kernel, blocks, SUM_THREADS, 0, stream, x, gamma, beta, norms, images, y, maps, C, P, lanes);
 }
 
@@ -128,9 +127,8 @@ void grn_backward(const T* x, const Param* gamma, const float* norms, const T* g
                   Param* grad_beta, float* dots, float* images, int B, int C, int64_t P, cudaStream_t stream) {
     const int64_t maps = (int64_t)B * C;
     const int lanes = map_lanes(P), blocks = blocks_of(maps, SUM_THREADS / lanes);
-    const size_t bytes = SUM_THREADS * sizeof(float);
-    OVERLOCK_LAUNCH(grn_dots_kernel, blocks, SUM_THREADS, bytes, stream, x, grad_y, dots, maps, P, lanes);
-    OVERLOCK_LAUNCH(grn_images_kernel, B, SUM_THREADS, bytes, stream, norms, dots, gamma, images, C);
+    OVERLOCK_LAUNCH(grn_dots_kernel, blocks, SUM_THREADS, SUM_BYTES, stream, x, grad_y, dots, maps, P, lanes);
+    OVERLOCK_LAUNCH(grn_images_kernel, B, SUM_THREADS, SUM_BYTES, stream, norms, dots, gamma, images, C);
     OVERLOCK_LAUNCH(grn_grad_x_kernel, blocks, SUM_THREADS, 0, stream, x, gamma, norms, dots, images, grad_y, grad_x,
                     maps, C, P, lanes);
     OVERLOCK_LAUNCH(grn_grad_parameters_kernel, blocks_of(C, SUM_THREADS), SUM_THREADS, 0, stream, norms, dots, images,

@@ -72,7 +72,7 @@ constexpr int TILE_H = 8, TILE_W = 16, NA2D_STRIP = 4;
 // The channels of a thread stand `groups` apart, and pixels channels + 1: threads side by side read other banks of shared memory.
 struct Tile {
     int64_t n;
-    int top, left, bottom, right, i, j, first_channel, channel, groups, step;
+    int top, left, bottom, right, i, j, last, first_channel, channel, groups, step;  // j to last: the thread's pixels of row i
 
     __device__ Tile(int H, int W, int channels) : groups(channels / NA2D_STRIP), step(channels + 1) {
         const int tiles_w = (W + TILE_W - 1) / TILE_W, tiles = (H + TILE_H - 1) / TILE_H * tiles_w, strip = threadIdx.x / groups;
@@ -83,6 +83,7 @@ struct Tile {
         right = (left + TILE_W < W ? left + TILE_W : W) - 1;
         i = top + strip / (TILE_W / NA2D_STRIP);
         j = left + strip % (TILE_W / NA2D_STRIP) * NA2D_STRIP;
+        last = (j + NA2D_STRIP < W ? j + NA2D_STRIP : W) - 1;
         first_channel = blockIdx.y * channels;
         channel = threadIdx.x % groups;
     }
@@ -118,8 +119,7 @@ __global__ void na2d_av_forward_tiled_kernel(const T* __restrict__ attn, const T
     const Span rows = windows_of(tile.top, tile.bottom, H, K), cols = windows_of(tile.left, tile.right, W, K);
     tile.load(value + tile.n * H * W * dim, W, dim, rows, cols, shared);
     if (tile.i > tile.bottom || tile.j > tile.right) return;
-    const int last = tile.j + NA2D_STRIP <= W ? tile.j + NA2D_STRIP - 1 : W - 1;
-    const Span reach = windows_of(tile.j, last, W, K);  // the columns of this thread's pixels
+    const Span reach = windows_of(tile.j, tile.last, W, K);  // the columns of this thread's pixels
     const int row = window_start(tile.i, H, K);
     const T* weights = attn + ((tile.n * H + tile.i) * W + tile.j) * K * K;
     float sum[NA2D_STRIP][NA2D_STRIP] = {};
@@ -146,8 +146,7 @@ __global__ void na2d_av_grad_value_tiled_kernel(const T* __restrict__ attn, cons
     const Span rows = queries_of(tile.top, tile.bottom, H, K), cols = queries_of(tile.left, tile.right, W, K);
     tile.load(grad_out + tile.n * H * W * dim, W, dim, rows, cols, shared);
     if (tile.i > tile.bottom || tile.j > tile.right) return;
-    const int last = tile.j + NA2D_STRIP <= W ? tile.j + NA2D_STRIP - 1 : W - 1;
-    const Span query_rows = queries_of(tile.i, tile.i, H, K), query_cols = queries_of(tile.j, last, W, K);
+    const Span query_rows = queries_of(tile.i, tile.i, H, K), query_cols = queries_of(tile.j, tile.last, W, K);
     float sum[NA2D_STRIP][NA2D_STRIP] = {};
     for (int i = query_rows.first; i < query_rows.first + query_rows.count; i++)
         for (int j = query_cols.first; j < query_cols.first + query_cols.count; j++) {
@@ -190,9 +189,7 @@ inline Tiling choose_tiling(int64_t N, int H, int W, int K, int dim, Span span(i
 constexpr int THREADS = 256;
 
 inline int blocks_for(int64_t total) {
-    const int64_t blocks = (total + THREADS - 1) / THREADS;
-    // The kernels stride over what is left; an empty batch needs a block too, no grid may be empty.
-    return blocks < 1 ? 1 : blocks < 65535 ? (int)blocks : 65535;
+    return std::min(blocks_of(total, THREADS), 65535);  // the kernels stride over what is left
 }
 
 template <typename T>

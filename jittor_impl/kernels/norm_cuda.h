@@ -196,8 +196,6 @@ __global__ void channel_norm_grad_x_kernel(const T* __restrict__ x, const Param*
     }
 }
 
-constexpr size_t SUM_BYTES = SUM_THREADS * sizeof(float);
-
 // moments: scratch memory, (chunks, C, 2).
 template <typename T, typename Param>
 void batch_norm(const T* x, const Param* weight, const Param* bias, const float* running_mean, const float* running_var,
