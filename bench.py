@@ -2,7 +2,8 @@
 
 Every measurement is a process of its own, after warm-up; the contestants take turns (A B C A B C ...), so that a slow
 minute of the machine hits all of them. A contestant is a framework, or PyTorch with NATTEN's na2d_av, which is what the
-official OverLoCK runs ("natten"; at the larger batch only, it takes long). Prints a table, writes logs/bench.csv and
+official OverLoCK runs, at the larger batch only: "natten" as pip builds it for a CPU, with no optimisation and for one
+thread; "natten -O3" the same source with the compiler flags that it lacks. Prints a table, writes logs/bench.csv and
 logs/bench.png.
 
 The floor of a row is what the machine could do at best: its multiply-adds at the matrix rate measured here, or its bytes
@@ -10,6 +11,7 @@ at the copy bandwidth measured here, whichever takes longer.
 """
 import argparse
 import csv
+import ctypes
 import json
 import os
 import re
@@ -21,13 +23,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-CONTESTANTS = ("jittor", "torch", "natten")
-STEPS = ("training step", "inference", "merged inference")  # merged: after reparam() in both frameworks
+CONTESTANTS = ("jittor", "torch", "natten", "natten -O3")
+# Merged: after reparam() in both frameworks, and with BatchNorms folded into the convolutions before them.
+STEPS = ("training step", "inference", "merged inference")
 # variant, image side, batch sizes
 MODELS = [("overlock_xxt", 64, (64, 16)), ("overlock_xt", 224, (8, 2))]
 LARGER_BATCH = {variant: batches[0] for variant, _, batches in MODELS}
 # na2d_av: (batch, heads, height, width, dim), kernel: what XXT at 64 and XT at 224 pixels use, then large maps
-WINDOWS = [((64, 4, 9, 9, 12), 9), ((64, 8, 7, 7, 8), 7), ((8, 8, 14, 14, 16), 13), ((8, 12, 7, 7, 14), 7),
+WINDOWS = [((64, 2, 9, 9, 24), 9), ((64, 4, 7, 7, 16), 7), ((8, 8, 14, 14, 16), 13), ((8, 12, 7, 7, 14), 7),
            ((1, 8, 56, 56, 16), 13), ((1, 2, 200, 320, 16), 13)]
 # depthwise convolution and BatchNorm: (batch, channels, height, width), kernel
 MAPS = [((64, 24, 16, 16), 13), ((64, 48, 16, 16), 3), ((64, 96, 4, 4), 9), ((8, 56, 56, 56), 17), ((8, 256, 14, 14), 3)]
@@ -48,7 +51,7 @@ class Framework:
         else:
             import torch
             self.torch = torch
-            ops.set_na2d_backend("natten" if contestant == "natten" else "dense")
+            ops.set_na2d_backend("natten" if contestant.startswith("natten") else "dense")
 
     def array(self, shape):
         import numpy as np
@@ -65,6 +68,15 @@ class Framework:
             self.jt.sync([out, *self.jt.grad((out * out.detach()).sum(), list(inputs))])
         else:
             self.torch.autograd.grad(out, inputs, out.detach())
+
+    def fold_batch_norms(self, model):
+        """Do by PyTorch's own means what Jittor's inference does by itself; for a model in evaluation mode."""
+        from torch.nn.utils.fusion import fuse_conv_bn_eval
+        for module in model.modules():
+            layers = list(module) if isinstance(module, self.torch.nn.Sequential) else []
+            for i, (layer, following) in enumerate(zip(layers, layers[1:])):
+                if isinstance(following, self.torch.nn.BatchNorm2d) and type(layer) is self.torch.nn.Conv2d:
+                    module[i], module[i + 1] = fuse_conv_bn_eval(layer, following), self.torch.nn.Identity()
 
 
 def measure(step, seconds):
@@ -93,6 +105,8 @@ def bench_model(f, kind, variant, side, batch):
     model.train() if training else model.eval()
     if kind == "merged inference":
         model.reparam()
+        if not f.jittor:
+            f.fold_batch_norms(model)
     if not f.jittor:
         model = model.to(memory_format=f.torch.channels_last)
     optimizer = train.make_optimizer(model, args)
@@ -108,11 +122,11 @@ def bench_model(f, kind, variant, side, batch):
             with f.jt.no_grad():
                 model(f.jt.array(images)).numpy()
     else:
-        images = f.torch.from_numpy(images).contiguous(memory_format=f.torch.channels_last)
-        target = f.torch.from_numpy(labels)
+        def batch_of():
+            return f.torch.from_numpy(images).contiguous(memory_format=f.torch.channels_last)
 
         def step():
-            output = model(images)
+            output, target = model(batch_of()), f.torch.from_numpy(labels)
             loss = train.cross_entropy(output["main"], target) + 0.4 * train.cross_entropy(output["aux"], target)
             optimizer.zero_grad()
             loss.backward()
@@ -120,8 +134,8 @@ def bench_model(f, kind, variant, side, batch):
             loss.item()
 
         def infer():
-            with f.torch.no_grad():
-                model(images)
+            with f.torch.inference_mode():
+                model(batch_of())
     return measure(step if training else infer, 6)
 
 
@@ -166,7 +180,8 @@ def worker(contestant, task):
         times = bench_operator(f, kind, *arguments)
     # Not getrusage's ru_maxrss, which begins with that of the parent process.
     peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # MiB
-    print("RESULT " + json.dumps({"times": times, "peak": peak}))
+    threads = f.torch.get_num_threads() if not f.jittor else ctypes.CDLL("libgomp.so.1").omp_get_max_threads()
+    print("RESULT " + json.dumps({"times": times, "peak": peak, "threads": threads}))
 
 
 def machine_rates():
@@ -184,9 +199,17 @@ def work(task):
     kind, *arguments = task
     if kind in STEPS:
         sys.path.insert(0, str(ROOT / "torch_impl"))
+        import contmix
         import models
         import torch
         from torch.utils.flop_counter import FlopCounterMode
+        window_products = []
+
+        def counted_na2d_av(attn, value, kernel_size):  # by its definition, not what a dense product makes of it
+            window_products.append(attn.numel() * value.shape[-1])
+            return torch.zeros_like(value)
+
+        contmix.na2d_av = counted_na2d_av
         variant, side, batch = arguments
         model = models.OverLoCK(**models.VARIANTS[variant], num_classes=20).eval()
         if kind == "merged inference":
@@ -199,7 +222,7 @@ def work(task):
             model(torch.zeros(1, 3, side, side))
         for hook in hooks:
             hook.remove()
-        flops, moved = batch * counter.get_total_flops() / 2, moved + 2 * batch * sum(sizes)
+        flops, moved = batch * (counter.get_total_flops() / 2 + sum(window_products)), moved + 2 * batch * sum(sizes)
         return (3 * flops, 3 * moved) if kind == "training step" else (flops, moved)
     if kind == "data loading":
         side, batch = arguments
@@ -245,9 +268,9 @@ def fail(contestant, what, result):
     sys.exit(f"bench.py: error: {contestant} failed at {what}: {(result.stderr.strip() or '?').splitlines()[-1]}")
 
 
-def run_worker(python, contestant, task):
+def run_worker(python, contestant, task, environment):
     command = [python, __file__, "--worker", contestant, json.dumps(task)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         fail(contestant, describe(task), result)
@@ -273,6 +296,7 @@ def make_parser():
     add = parser.add_argument
     add("--jittor-python", default=str(ROOT / ".venv-jittor/bin/python"))
     add("--torch-python", default=str(ROOT / ".venv-torch/bin/python"))
+    add("--natten-o3", type=Path, default=ROOT / ".natten-o3", help="folder of a NATTEN built with optimisation (make bench)")
     add("--rounds", type=int, default=3, help="times that each contestant takes its turn")
     add("--only", default="", help="only rows whose description contains this")
     add("--cold", action="store_true", help="also time a first step with an empty Jittor cache, which takes minutes")
@@ -281,27 +305,38 @@ def make_parser():
     return parser
 
 
+def find_contestants(args):
+    """{contestant: (its Python, the environment variables of its processes)}, of those that are installed."""
+    paths = [str(args.natten_o3.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    optimised = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    found = {"jittor": (args.jittor_python, None), "torch": (args.torch_python, None)}
+    for name, environment in (("natten", None), ("natten -O3", optimised)):
+        code = "import natten; from natten.functional import na2d_av; print(natten.__file__)"
+        result = subprocess.run([args.torch_python, "-c", code], capture_output=True, text=True, env=environment)
+        if result.returncode != 0 or environment and not Path(result.stdout.strip()).is_relative_to(args.natten_o3.resolve()):
+            print(f"{name} is not installed: this build of the official operator is left out")
+        else:
+            found[name] = args.torch_python, environment
+    return found
+
+
 def main():
     parser = make_parser()
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker[0], json.loads(args.worker[1]))
-    pythons = {"jittor": args.jittor_python, "torch": args.torch_python, "natten": args.torch_python}
-    has_natten = subprocess.run([args.torch_python, "-c", "from natten.functional import na2d_av"], capture_output=True)
-    if has_natten.returncode != 0:
-        del pythons["natten"]
-        print("NATTEN is not installed: the official operator is left out")
+    environments = find_contestants(args)
     if not any(args.only in describe(task) for task in tasks()):
         parser.error(f"no row's description contains {args.only!r}")
     flops_rate, byte_rate = machine_rates()
     print(f"{os.cpu_count()} cores; matrix product {flops_rate / 1e9:.0f} G multiply-adds/s, copy {byte_rate / 1e9:.1f} GB/s\n"
           "median milliseconds +- half of the interquartile range; peak memory of the process in MiB")
-    print(f"{'':46} {'jittor':>15} {'torch':>15} {'natten':>15} {'jt/torch':>8} {'floor':>8} {'jt/floor':>8} {'jt MiB':>7} {'torch MiB':>9}")
+    print(f"{'':46} {' '.join(f'{name:>15}' for name in CONTESTANTS)} {'jt/torch':>8} {'floor':>8} {'jt/floor':>8} {'jt MiB':>7} {'torch MiB':>9}")
     rows = []
     for task in tasks():
         if args.only not in describe(task):
             continue
-        row = bench(task, pythons, args.rounds)
+        row = bench(task, environments, args.rounds)
         flops, moved = work(task)
         row["floor_ms"] = 1e3 * max(flops / flops_rate, moved / byte_rate)
         rows.append(row)
@@ -311,11 +346,12 @@ def main():
               f"{row['jittor_ms'] / row['floor_ms']:8.1f} {row['jittor_peak_mib']:7.0f} {row['torch_peak_mib']:9.0f}"
               + (f"   {row['jittor_images_per_s']:.0f} / {row['torch_images_per_s']:.0f} images/s" if task[0] in STEPS else ""),
               flush=True)
-    jittor, torch = (first_step(pythons[name], name, Path.home()) for name in ("jittor", "torch"))
+    print("threads: " + ", ".join(f"{name} {rows[-1][f'{name}_threads']}" for name in ("jittor", "torch")))
+    jittor, torch = (first_step(environments[name][0], name, Path.home()) for name in ("jittor", "torch"))
     first = [("first training step of a new process", jittor, torch)]
     if args.cold:
         with tempfile.TemporaryDirectory() as home:
-            first.append(("the same with an empty Jittor cache", first_step(pythons["jittor"], "jittor", home), torch))
+            first.append(("the same with an empty Jittor cache", first_step(args.jittor_python, "jittor", home), torch))
     for task, jittor, torch in first:
         print(f"{task:46} {1e3 * jittor:9.0f} {'':5} {1e3 * torch:9.0f}", flush=True)
         rows.append({**dict.fromkeys(rows[0], ""), "task": task, "jittor_ms": 1e3 * jittor, "torch_ms": 1e3 * torch})
@@ -333,16 +369,17 @@ def uses_natten(task):
     return task[0] == "na2d_av" or task[0] in STEPS and task[3] == LARGER_BATCH[task[1]]
 
 
-def bench(task, pythons, rounds):
+def bench(task, environments, rounds):
     """Let the contestants take turns at `task`. Returns a row of the table, its floor excepted."""
-    times, peaks = {name: [] for name in pythons}, {}
+    times, peaks, threads = {name: [] for name in environments}, {}, {}
     for _ in range(rounds):
-        for name, python in pythons.items():
-            if name == "natten" and not uses_natten(task):
+        for name, (python, environment) in environments.items():
+            if name.startswith("natten") and not uses_natten(task):
                 continue
-            result = run_worker(python, name, task)
+            result = run_worker(python, name, task, environment)
             times[name] += result["times"]
             peaks[name] = max(peaks.get(name, 0), result["peak"])
+            threads[name] = result["threads"]
     row = {"task": describe(task)}
     for name in CONTESTANTS:
         values = [1e3 * t for t in times.get(name, [])]
@@ -351,6 +388,7 @@ def bench(task, pythons, rounds):
         row[f"{name}_spread_ms"] = (quartiles[2] - quartiles[0]) / 2 if values else ""
         row[f"{name}_images_per_s"] = 1e3 * task[3] / row[f"{name}_ms"] if values and task[0] in STEPS else ""
         row[f"{name}_peak_mib"] = peaks.get(name, "")
+        row[f"{name}_threads"] = threads.get(name, "")
     return row
 
 
@@ -360,10 +398,10 @@ def draw(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
-    for i, (name, color) in enumerate(zip(CONTESTANTS, ("#00466e", "#f0ad30", "#999999"))):
-        shown = [(y + 0.27 * i, row[f"{name}_ms"] / row["torch_ms"]) for y, row in enumerate(rows) if row[f"{name}_ms"] != ""]
-        axes.barh([y for y, _ in shown], [x for _, x in shown], height=0.25, color=color, label=name)
-    axes.set_yticks([y + 0.27 for y in range(len(rows))], [row["task"] for row in rows], fontsize=7)
+    for i, (name, color) in enumerate(zip(CONTESTANTS, ("#00466e", "#f0ad30", "#999999", "#cccccc"))):
+        shown = [(y + 0.22 * i, row[f"{name}_ms"] / row["torch_ms"]) for y, row in enumerate(rows) if row[f"{name}_ms"] != ""]
+        axes.barh([y for y, _ in shown], [x for _, x in shown], height=0.2, color=color, label=name)
+    axes.set_yticks([y + 0.33 for y in range(len(rows))], [row["task"] for row in rows], fontsize=7)
     axes.set(xscale="log", xlabel="time, relative to our PyTorch")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()

@@ -22,7 +22,7 @@ ONLY_JITTOR = {"ops.py": {"NA2dAV", "NA2dAV.execute(self, attn, value, kernel_si
                           "NA2dAV.run(self, kernel, a, b, out_shape)", "launch(headers, code, inputs, shapes, data, dtypes=None)",
                           "kernel_types()", "check_types(name, *inputs)", "cast(x, dtype)",
                           "includes(names)", "with_data(code)"}}
-ONLY_TORCH = {"ops.py": {"triton_kernels()", "set_na2d_backend(name)", "choose_na2d_backend(on_gpu, pixels, dtypes)",
+ONLY_TORCH = {"ops.py": {"natten_has_cuda()", "triton_kernels()", "set_na2d_backend(name)", "choose_na2d_backend(on_gpu, pixels, dtypes)",
                          "tiling(size, kernel_size, whole)",
                          "tile_indices(height, width, kernel_size, device)", "na2d_av_dense(attn, value, kernel_size)"}}
 SIZES = ["-b", "16", "--num-classes", "3", "--train-per-class", "12", "--val-per-class", "6"]
@@ -197,6 +197,26 @@ def test_bench_measures_both_frameworks(pythons, tmp_path):
     table = pd.read_csv(tmp_path / "bench.csv")
     assert len(table) == 2 and (table[["jittor_ms", "torch_ms"]] > 0).all(axis=None) and table.floor_ms[0] > 0
     assert table.task[1] == "first training step of a new process" and (tmp_path / "bench.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("variant, side", [("overlock_xxt", 64), ("overlock_xt", 224)])
+def test_bench_times_the_windows_of_the_models(variant, side, monkeypatch):
+    import bench
+    import contmix
+    import models
+    import torch
+    used, na2d_av = set(), contmix.na2d_av
+
+    def record(attn, value, kernel_size):
+        used.add((tuple(value.shape[1:]), kernel_size))
+        return na2d_av(attn, value, kernel_size)
+
+    monkeypatch.setattr(contmix, "na2d_av", record)
+    with torch.no_grad():
+        models.OverLoCK(**models.VARIANTS[variant]).eval()(torch.zeros(1, 3, side, side))
+    batch = bench.LARGER_BATCH[variant]
+    timed = {(shape[1:], kernel) for shape, kernel in bench.WINDOWS if shape[0] == batch}
+    assert timed == {(shape, kernel) for shape, kernel in used if kernel > 5}
 
 
 def align(pythons, dataset, output, *options):
