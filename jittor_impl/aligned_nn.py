@@ -101,7 +101,7 @@ class BatchNorm2d(nn.Module):
         if not self.is_training():
             scale = self.weight / jt.sqrt(self.running_var + self.eps)
             shift = self.bias - self.running_mean * scale
-            return cast(x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1), x.dtype)
+            return cast(x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1), x.dtype)  # (C,) -> (1, C, 1, 1)
         count = x.numel() // x.shape[1]
         if count < 2:
             raise ValueError(f"BatchNorm2d in training needs more than one value per channel, got shape {x.shape}")

@@ -11,7 +11,7 @@ from aligned_nn import on_cpu
 from ops import na2d_av
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=16)  # a detector's maps come in many sizes, 80 MB for one of 200x320
 def relative_position_index(height, width, kernel_size):
     """Where in a (2K-1, 2K-1) table stands the bias of each neighbour of each pixel (K = kernel_size).
 
@@ -49,10 +49,14 @@ def contmix(query, key, proj, rpb1, rpb2, x):
         ValueError: if the map is smaller than a kernel or the shapes do not fit together.
     """
     B, C, H, W = x.shape
-    heads = rpb1.shape[0]
+    heads, S = rpb1.shape[0], key.shape[3]
     k1, k2 = (rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2
-    if min(H, W) < max(k1, k2) or C % (2 * heads) or tuple(proj.weight.shape[:2]) != (k1**2 + k2**2, key.shape[2] * key.shape[3]):
-        raise ValueError(f"contmix: x {tuple(x.shape)}, key {tuple(key.shape)}, {heads} heads, kernels {k1} and {k2} do not fit")
+    shapes = [tuple(tensor.shape) for tensor in (query, key, proj.weight, proj.bias, rpb1, rpb2)]
+    fitting = [(B, C // 2, H, W), (B, C // 2, S, S), (k1**2 + k2**2, S**2, 1, 1), (k1**2 + k2**2,),
+               (heads, 2 * k1 - 1, 2 * k1 - 1), (heads, 2 * k2 - 1, 2 * k2 - 1)]
+    if min(H, W) < max(k1, k2) or C % (2 * heads) or shapes != fitting:
+        raise ValueError(f"contmix: x {tuple(x.shape)}, {heads} heads, kernels {k1} and {k2}; query, key, proj's weight and bias, "
+                         f"rpb1 and rpb2 {shapes} do not fit, {fitting} would, where no kernel is larger than the map")
     if on_cpu():
         return fused.ContMix.apply(query, key, proj.weight, proj.bias, rpb1, rpb2, x)
     query = query.reshape(B, heads, -1, H * W).transpose(2, 3)  # (B, heads, H*W, dim/2/heads)

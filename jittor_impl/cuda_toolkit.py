@@ -99,7 +99,10 @@ def load_libraries(nvcc):
 @lru_cache(maxsize=None)
 def toolkit_version(nvcc):
     """The toolkit's version, such as (13, 0, 88); () if nvcc does not tell."""
-    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    try:
+        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:  # it is no program, or one for another kind of machine
+        return ()
     version = re.search(r"V(\d+)\.(\d+)\.(\d+)", output)
     return tuple(map(int, version.groups())) if version else ()
 

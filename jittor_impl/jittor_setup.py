@@ -185,8 +185,11 @@ def import_jittor():
     if not shutil.which(os.environ.get("cc_path", "g++")):
         fail("no g++, which Jittor compiles with; install it (Debian: apt install g++)")
 
-    import jittor_utils
-    from jittor_utils import install_cuda
+    try:
+        import jittor_utils  # which makes folders
+        from jittor_utils import install_cuda
+    except OSError as error:
+        fail(f"Jittor cannot keep what it compiles: {error.filename}: {error.strerror}; set HOME to a folder that can be written to")
     install_cuda.has_installation = lambda: False  # a toolkit that it downloaded once would come before nvcc_path, and update itself
     choose_cuda(jittor_utils.home())
     provide_onednn(jittor_utils.home())

@@ -28,7 +28,7 @@ class DropPath(nn.Module):
     def execute(self, x):
         if not self.training or self.drop_prob == 0:
             return x
-        keep = (jt.rand(x.shape[0], 1, 1, 1) >= self.drop_prob).float()
+        keep = (jt.rand(x.shape[0], 1, 1, 1) >= self.drop_prob).cast(x.dtype)
         return x * keep / (1 - self.drop_prob)
 
 
@@ -59,7 +59,7 @@ class LayerScale(nn.Module):
         self.bias = jt.zeros(dim)
 
     def execute(self, x):
-        return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)
+        return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)  # (C, ...) -> (1, C, 1, 1)
 
 
 class LayerNorm2d(LayerNorm):
@@ -91,12 +91,14 @@ class ResDWConv(Conv2d):
         super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
 
     def execute(self, x):
+        self.check(x)
         return self.depthwise(x, residual=True)
 
 
 def fuse_bn(conv, bn):
     """Weight and bias of the convolution that equals `bn(conv(x))` in evaluation mode; `conv` has no bias."""
     scale = bn.weight / jt.sqrt(bn.running_var + bn.eps)
+    # scale (C,) -> (C, 1, 1, 1), as the weight (C, 1, K, K)
     return conv.weight * scale.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
 
 
@@ -121,6 +123,7 @@ class DilatedReparamBlock(nn.Module):
         if not self.branches:
             return self.lk_origin(x)
         if inferring(self):
+            self.lk_origin.check(x)
             names = [(f"dil_conv_k{k}_{r}", f"dil_bn_k{k}_{r}") for k, r in self.branches]
             branches = [(getattr(self, conv), getattr(self, bn)) for conv, bn in [("lk_origin", "origin_bn"), *names]]
             return fused.merged_depthwise(x, branches)

@@ -57,5 +57,7 @@ def read(path):
                     return np.frombuffer(archive.read(f"{folder}data/{key}"), DTYPES[storage_type])
 
             return Unpickler(io.BytesIO(archive.read(name))).load()
+    except PermissionError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"not a readable zip-format .pth file ({type(error).__name__})") from None

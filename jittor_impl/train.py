@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,9 @@ def number(kind, minimum, exclusive=False):
     """An argparse type: `kind` (int or float), at least `minimum`, or above it if exclusive."""
     def parse(text):
         value = kind(text)
-        if not value >= minimum or exclusive and value == minimum or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"must be {'above' if exclusive else 'at least'} {minimum}, got {text}")
+        if not minimum <= value < float("inf") or exclusive and value == minimum:
+            bound = f"{'above' if exclusive else 'at least'} {minimum}"
+            raise argparse.ArgumentTypeError(f"must be a {'' if kind is int else 'finite '}number {bound}, got {text}")
         return value
     parse.__name__ = "whole number" if kind is int else "number"  # argparse says "invalid whole number value"
     return parse
@@ -110,6 +112,12 @@ def make_optimizer(model, args):
     return AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay)
 
 
+def diverged(what, epoch, step):
+    """The InputError of a run whose loss is no longer a number."""
+    kept = ", or go on from the checkpoint of the epoch before with --init" if epoch > 1 else ""
+    return InputError(f"{what} in epoch {epoch}, step {step}; start anew with a lower --lr{kept}")
+
+
 def train_one_epoch(model, optimizer, data, args, epoch):
     """One pass over `data`. Returns the means over its images: {"train_loss", "train_loss_aux", "train_loss_main"}."""
     model.train()
@@ -126,8 +134,7 @@ def train_one_epoch(model, optimizer, data, args, epoch):
             jt.sync_all()  # Jittor is lazy: run the whole step now, not the forward half at the first item()
             main, aux = main.item(), aux.item()
             if not np.isfinite(main + aux):
-                raise InputError(f"the loss is {main + args.aux_loss_ratio * aux} in epoch {epoch}, step {step}; "
-                                 "the checkpoint of the epoch before is kept, lower --lr")
+                raise diverged(f"the loss is {main + args.aux_loss_ratio * aux}", epoch, step)
             n = len(labels)
             total_main, total_aux, seen = total_main + main * n, total_aux + aux * n, seen + n
             progress.update(n, main + args.aux_loss_ratio * aux)
@@ -171,15 +178,16 @@ class RunFiles:
             raise InputError(f"cannot write to {self.output} ({error.strerror}); give another --output") from None
 
     def set_aside(self):
-        """Move an earlier run's files to previous-1/, previous-2/, ...: a new run overwrites nothing."""
-        earlier = [path for path in (self.csv, self.text, self.last, self.best) if path.exists()]
-        if earlier:
-            number = 1
-            while (self.output / f"previous-{number}").exists():
-                number += 1
-            folder = self.output / f"previous-{number}"
-            folder.mkdir()
-            for path in earlier:
+        """Move an earlier run's files to previous-1/, previous-2/, ...: a new run overwrites nothing.
+
+        The other framework's run beside it goes to the same folder, so the pairs stay together.
+        """
+        files = (self.csv, self.text, self.last, self.best)
+        if any(path.exists() for path in files):
+            folders = (self.output / f"previous-{number}" for number in count(1))
+            folder = next(f for f in folders if not any((f / path.name).exists() for path in files))
+            folder.mkdir(exist_ok=True)
+            for path in filter(Path.exists, files):
                 path.rename(folder / path.name)
             say(f"the files of an earlier run were moved to {folder}")
 
@@ -284,8 +292,7 @@ def run_training(args, files):
         row |= evaluate(model, val, args)
         row |= dict(epoch_time=(time.perf_counter() - start) / 60, images_per_second=images_per_second, epoch=epoch)
         if not np.isfinite(row["val_loss"]):
-            raise InputError(f"the validation loss is {row['val_loss']} after epoch {epoch}, step {steps_per_epoch}; "
-                             "the checkpoint of the epoch before is kept, lower --lr")
+            raise diverged(f"the validation loss is {row['val_loss']}", epoch, steps_per_epoch)
         history.append(row)
         is_best, best = row["acc_top1"] > best, max(best, row["acc_top1"])
         state = dict(epoch=epoch, step=epoch * steps_per_epoch, best_top1=best, args=arguments, data=data, history=history)
@@ -315,13 +322,18 @@ def main():
     except InputError as error:
         stop(2, f"error: {error}")
     except OSError as error:
-        stop(2, f"error: {error.filename or args.output}: {error.strerror}; make room, or give another --output")
+        path = Path(str(error.filename or args.output))
+        written = args.output in (path, *path.parents)
+        remedy = "make room, or give another --output" if written else "check the path and its permissions"
+        stop(2, f"error: {path}: {error.strerror or error}; {remedy}")
     except BaseException:
         # Ctrl-C also reaches a compiler at work, whose failure may come first.
         if not interrupted:
             raise
-        finished = files.started and files.last.exists()
-        stop(130, f"interrupted; {'resume with: ' + resume_command(args) if finished else 'no epoch was finished'}")
+        if files.started and files.last.exists():
+            stop(130, f"interrupted; resume with: {resume_command(args)}")
+        again = "give the same command again" if args.resume or args.evaluate else "no epoch was finished"
+        stop(130, f"interrupted; {again}")
 
 
 def stop(status, message):

@@ -146,6 +146,9 @@ def test_toolkits_that_cannot_be_used_mean_the_cpu(tmp_path, package, choose, mo
     assert choose(1, fake_toolkit(tmp_path / "conda", "12.4", 8, "lib")) == ""  # where Jittor does not look for libraries
     assert "lib64/libcudart.so" in capsys.readouterr().err
     assert choose(1, None, chosen="/nowhere/nvcc") == "" and "no compiler /nowhere/nvcc" in capsys.readouterr().err
+    broken = Path(fake_toolkit(tmp_path / "broken", "12.4", 8))
+    broken.write_bytes(b"\x7fELF of another machine")
+    assert choose(1, str(broken)) == "" and "is no CUDA toolkit" in capsys.readouterr().err
     (package / "jittor" / "compiler.py").write_text("something else")
     assert choose(1, fake_toolkit(tmp_path / "cuda", "13.0", 9)) == ""
     assert "compiler.py is not as Jittor 1.3.11.0 has it" in capsys.readouterr().err

@@ -1,12 +1,14 @@
 """The network against what the official one computes in float64 (tests/reference/README.md)."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from zlib import crc32
 
 import numpy as np
 import pytest
 import train
 from checkpoint import load_model, model_arrays, trainable
+from contmix import contmix
 from reference_weights import formula, projection
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -155,6 +157,23 @@ def test_features_and_logits_at_any_aspect_ratio(impl, height, width):
     for i, (feature, dim) in enumerate(zip(features, model.feature_dims)):
         assert tuple(feature.shape) == (2, dim, height // 2 ** (i + 2), width // 2 ** (i + 2))
     assert logits.shape == (2, 5) and np.isfinite(logits).all()
+
+
+def test_contmix_refuses_shapes_that_do_not_fit(impl):
+    """B 1, 16 channels, 2 heads, kernels 3 and 5 on a 7x9 map, an overview of 2x2."""
+    fitting = dict(query=(1, 8, 7, 9), key=(1, 8, 2, 2), proj=(34, 4, 1, 1), rpb1=(2, 5, 5), rpb2=(2, 9, 9), x=(1, 16, 7, 9))
+
+    def run(bias_size=34, **shapes):
+        tensors = {name: impl.array(np.zeros(shape, np.float32)) for name, shape in {**fitting, **shapes}.items()}
+        bias = impl.array(np.zeros(bias_size, np.float32))
+        return contmix(**{**tensors, "proj": SimpleNamespace(weight=tensors["proj"], bias=bias)})
+
+    assert tuple(run().shape) == fitting["x"]
+    for wrong in (dict(query=(1, 8, 9, 7)), dict(query=(2, 8, 7, 9)), dict(query=(1, 6, 7, 9)), dict(key=(1, 6, 2, 2)),
+                  dict(key=(1, 8, 2, 3)), dict(proj=(33, 4, 1, 1)), dict(bias_size=33), dict(rpb1=(2, 5, 4)), dict(rpb2=(1, 9, 9)),
+                  dict(rpb1=(3, 5, 5), rpb2=(3, 9, 9)), dict(x=(1, 16, 4, 9), query=(1, 8, 4, 9))):
+        with pytest.raises(ValueError, match="do not fit"):
+            run(**wrong)
 
 
 def test_dynamic_conv_size(impl):

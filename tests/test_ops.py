@@ -217,12 +217,13 @@ def test_triton_kernels_compile(impl, tmp_path):
     run_triton(impl, "triton_compile.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
-# (on a GPU, pixels, types of the tensors, NATTEN is installed, Triton is), who computes.
+# (on a GPU, pixels, types of the tensors, NATTEN: whether it has CUDA, or None, Triton is installed), who computes.
 CHOICES = [((True, 196, ["float32"], True, True), "natten"), ((True, 3136, ["float32"], True, True), "natten"),
            ((True, 400, ["float32"], False, True), "dense"), ((True, 401, ["float32"], False, True), "triton"),
            ((True, 3136, ["float32", "float16"], False, True), "triton"), ((True, 3136, ["bfloat16"], False, True), "triton"),
            ((True, 3136, ["float64"], False, True), "dense"), ((True, 3136, ["float32"], False, False), "dense"),
-           ((False, 3136, ["float32"], True, True), "dense"), ((False, 196, ["float32"], True, True), "dense")]
+           ((False, 3136, ["float32"], True, True), "dense"), ((False, 196, ["float32"], True, True), "dense"),
+           ((True, 3136, ["float32"], None, True), "triton"), ((True, 196, ["float32"], None, True), "dense")]
 
 
 def test_who_computes_na2d_av(impl, monkeypatch):
@@ -230,7 +231,8 @@ def test_who_computes_na2d_av(impl, monkeypatch):
         pytest.skip("only torch_impl has a choice")
     kernels = SimpleNamespace(DTYPES={impl.torch.float32, impl.torch.float16, impl.torch.bfloat16})
     for (on_gpu, pixels, dtypes, natten, triton), chosen in CHOICES:
-        monkeypatch.setattr(impl.ops, "natten_na2d_av", len if natten else None)
+        monkeypatch.setattr(impl.ops, "natten_na2d_av", None if natten is None else len)
+        monkeypatch.setattr(impl.ops, "natten", SimpleNamespace(has_cuda=lambda natten=natten: natten), raising=False)
         monkeypatch.setattr(impl.ops, "triton_kernels", lambda triton=triton: kernels if triton else None)
         dtypes = {getattr(impl.torch, name) for name in dtypes}
         assert impl.ops.choose_na2d_backend(on_gpu, pixels, dtypes) == chosen, (on_gpu, pixels, dtypes, natten, triton)

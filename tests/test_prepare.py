@@ -258,7 +258,8 @@ def test_full_disk(archive, tmp_path):
 def stopped_unpacking(archive, tmp_path, signal_number):
     """Run --zip in a process that sends itself a signal before it writes its third file."""
     code = f"""
-import importlib.util, itertools, os, sys
+import importlib.util, itertools, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background of a shell ignores it
 spec = importlib.util.spec_from_file_location("prepare", {str(SCRIPT)!r})
 prepare = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(prepare)

@@ -42,6 +42,13 @@ def test_operators_are_compiled_with_headers_ahead_of_them():
     assert result.returncode == 0 and f"! {header}.gch" in result.stderr, result.stderr[:2000]
 
 
+def test_a_home_that_cannot_be_written_to(tmp_path):
+    (tmp_path / ".cache").write_text("")
+    result = python("import models", HOME=str(tmp_path))
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert str(tmp_path / ".cache") in result.stderr and "set HOME" in result.stderr
+
+
 def test_a_link_into_a_deleted_environment_is_mended(tmp_path):
     root = tmp_path / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp"
     (root / "lib").mkdir(parents=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,6 +178,19 @@ def test_an_earlier_run_is_set_aside(impl, command, dataset, tmp_path):
     assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == 1
 
 
+def test_the_runs_of_a_pair_are_set_aside_together(tmp_path):
+    import train
+    files, other = train.RunFiles(tmp_path), train.RunFiles(tmp_path)
+    other.csv, other.text, other.last, other.best = (tmp_path / f"other-{name}" for name in ("csv", "text", "last", "best"))
+    for round, started in enumerate(((files, other), (other, files), (files,))):
+        for run_files in started:
+            run_files.csv.write_text(str(round))
+            run_files.set_aside()
+    assert {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*csv")} == {
+        f"previous-1/{files.csv.name}": "0", "previous-1/other-csv": "0", f"previous-2/{files.csv.name}": "1",
+        "previous-2/other-csv": "1", f"previous-3/{files.csv.name}": "2"}
+
+
 def test_evaluate_repeats_the_numbers_of_the_log(impl, command, dataset, finished):
     output, _ = finished
     result = run(command, *SIZES, "--data-dir", dataset, "--evaluate", output / f"last{impl.suffix}.safetensors")
@@ -202,7 +216,8 @@ def test_loss_that_is_not_finite_stops_the_run(impl, command, dataset, finished,
     """In the middle of an epoch, and in its last step, which only the validation loss can tell."""
     source = finished[0] / f"last{impl.suffix}.safetensors"
     result = run(command, *SIZES, "-b", batch_size, "--data-dir", dataset, "--init", source, "--lr", 1e30, "--output", tmp_path)
-    one_line(result, *words, "--lr")
+    one_line(result, *words, "start anew with a lower --lr")
+    assert "--init" not in result.stderr  # there is no checkpoint to go on from
     assert not list(tmp_path.glob("*.safetensors")) and len(rows(tmp_path / f"log{impl.suffix}.csv")) == 0
 
 
@@ -228,7 +243,7 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(impl, command, dataset, 
     assert checkpoint.read_bytes() == (finished[0] / checkpoint.name).read_bytes() and not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("option, value", [("--batch-size", "0"), ("--epochs", "0"), ("--epochs", "two"), ("--lr", "-1"),
+@pytest.mark.parametrize("option, value", [("--batch-size", "0"), ("--epochs", "0"), ("--epochs", "two"), ("--lr", "-1"), ("--lr", "inf"),
                                            ("--lr", "nan"), ("--seed", "-1"), ("--model", "overlock_xxl"), ("--foo", "1")])
 def test_bad_option(command, option, value):
     one_line(run(command, option, value), option)
@@ -245,6 +260,21 @@ def test_device_that_is_not_there(impl, command, dataset, tmp_path):
     options = [*SIZES, "--data-dir", dataset, "--output", tmp_path, "--device", "cuda"]
     result = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, env=hidden)
     one_line(result, "--device cpu")
+
+
+def test_natten_without_cuda_does_not_run_on_a_gpu(impl, monkeypatch):
+    """There it returns memory as it was, without an exception."""
+    if impl.name != "torch":
+        pytest.skip("only torch_impl can use NATTEN")
+    import train
+    monkeypatch.setattr(impl.ops, "_backend", "auto")
+    monkeypatch.setattr(impl.ops, "natten_na2d_av", len)
+    monkeypatch.setattr(impl.ops, "natten", SimpleNamespace(has_cuda=lambda: False), raising=False)
+    monkeypatch.setattr(impl.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(impl.torch.cuda, "get_device_name", lambda: "GPU")
+    args = train.make_parser().parse_args(["--na2d", "natten", "--device", "cuda"])
+    with pytest.raises(train.InputError, match="NATTEN was built without CUDA"):
+        train.run_training(args, train.RunFiles(args.output))
 
 
 def test_natten_that_is_not_installed(impl, monkeypatch):
@@ -304,6 +334,7 @@ def test_bad_checkpoints(impl, command, dataset, finished, tmp_path):
     save_file(arrays, foreign)
     one_line(run(command, *options, "--resume", foreign), foreign, "--init")
     one_line(run(command, *options, "--resume"), "nothing to resume")
+    one_line(run(command, *options, "--init", "x" * 300), "check the path")
     assert snapshot(finished[0])[Path(good.name)] == good.read_bytes() and not list((tmp_path / "out").glob("*"))
     one_line(run(command, *options, "--resume", good, "--epochs", 9, "--seed", 1), "--seed 0")
     one_line(run(command, *options, "--resume", good, "--epochs", 3), "--epochs")

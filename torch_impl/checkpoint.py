@@ -48,7 +48,7 @@ def write_atomic(path, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:  # a full disk, Ctrl-C
         temporary.unlink(missing_ok=True)
         raise
 

@@ -58,7 +58,7 @@ class LayerScale(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
-        return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)
+        return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)  # (C, ...) -> (1, C, 1, 1)
 
 
 class LayerNorm2d(LayerNorm):
@@ -102,6 +102,7 @@ class ResDWConv(Conv2d):
 def fuse_bn(conv, bn):
     """Weight and bias of the convolution that equals `bn(conv(x))` in evaluation mode; `conv` has no bias."""
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    # scale (C,) -> (C, 1, 1, 1), as the weight (C, 1, K, K)
     return conv.weight * scale.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
 
 

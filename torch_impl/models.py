@@ -114,7 +114,6 @@ class DynamicConvBlock(nn.Module):
         mlp_dim = int(dim * mlp_ratio)
         self.dims = (dim, ctx_dim)
         self.kernel_size = kernel_size
-        self.smk_size = smk_size
         self.num_heads = num_heads * 2
         self.scale = (dim // self.num_heads) ** -0.5
         self.is_first = is_first
@@ -321,7 +320,7 @@ class OverLoCK(nn.Module):
         main = self.head(x).flatten(1)  # (B, num_classes, 1, 1) -> (B, num_classes)
         if not self.training:
             return main
-        return dict(main=main, aux=self.aux_head(overview).flatten(1))
+        return dict(main=main, aux=self.aux_head(overview).flatten(1))  # (B, num_classes) both
 
 
 def overlock_xxt(**kwargs):

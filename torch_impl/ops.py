@@ -1,8 +1,8 @@
 """Operators that PyTorch lacks: na2d_av, neighbourhood attention's product of weights and values.
 
 Three implementations of one function. NATTEN's is what the official OverLoCK calls. Ours need nothing but PyTorch: a
-dense product, the default on a CPU, because NATTEN's CPU backward takes most of a training step; and, for large maps on
-a GPU, the Triton kernels of na2d_av_triton.py.
+dense product, the default on a CPU, where it is faster than NATTEN's, however that is built; and, for large maps on a
+GPU, the Triton kernels of na2d_av_triton.py.
 """
 from functools import lru_cache
 
@@ -10,12 +10,18 @@ import numpy as np
 import torch
 
 try:
+    import natten
     from natten.functional import na2d_av as natten_na2d_av
 except ImportError:  # Windows, a PyTorch without a NATTEN build, or a NATTEN that dropped the unfused operators
     natten_na2d_av = None
 
 BACKENDS = ("auto", "natten", "dense", "triton")
 _backend = "auto"
+
+
+def natten_has_cuda():
+    """Whether NATTEN is installed and was built for GPUs. One that was not returns memory as it was, with no exception."""
+    return natten_na2d_av is not None and natten.has_cuda()
 
 
 @lru_cache(maxsize=None)
@@ -52,7 +58,7 @@ def choose_na2d_backend(on_gpu, pixels, dtypes):
     Args:
         on_gpu: where the tensors are; pixels: of a map, H * W; dtypes: the set of the tensors' types.
     """
-    if on_gpu and natten_na2d_av is not None:
+    if on_gpu and natten_has_cuda():
         return "natten"
     if on_gpu and pixels > WHOLE_MAP and triton_kernels() is not None and dtypes <= triton_kernels().DTYPES:
         return "triton"
@@ -85,13 +91,15 @@ def na2d_av(attn, value, kernel_size):
     Returns:
         (B, heads, H, W, dim), differentiable in attn and value.
     Raises:
-        ValueError: on shapes that do not fit together; the message names them.
+        ValueError: on shapes that do not fit together; the message names them. On a backend that cannot run there.
     """
     check_na2d_av(attn.shape, value.shape, kernel_size)
     backend = _backend
     if backend == "auto":
         backend = choose_na2d_backend(value.is_cuda, value.shape[2] * value.shape[3], {attn.dtype, value.dtype})
     if backend == "natten":
+        if value.is_cuda and not natten_has_cuda():
+            raise ValueError("na2d_av: NATTEN was built without CUDA; choose another backend, or install its wheel for CUDA")
         return natten_na2d_av(attn.contiguous(), value.contiguous(), kernel_size)
     if backend == "triton":
         return triton_kernels().na2d_av_triton(attn, value, kernel_size)
@@ -119,7 +127,7 @@ def tiling(size, kernel_size, whole):
     return tile, region, first, window - first[:, None]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def tile_indices(height, width, kernel_size, device):
     """Everything about a map that does not depend on data: which values each tile reads, where each weight goes."""
     whole = height * width <= WHOLE_MAP
@@ -132,7 +140,7 @@ def tile_indices(height, width, kernel_size, device):
     # -> (tiles, pixels of a tile, K*K): the place of each weight among the values of its tile
     column = column.reshape(len(first_h) * len(first_w), tile_h * tile_w, kernel_size**2)
     read_h = (first_h[:, None] + np.arange(region_h)).reshape(-1)  # (tiles_h * region_h,)
-    read_w = (first_w[:, None] + np.arange(region_w)).reshape(-1)
+    read_w = (first_w[:, None] + np.arange(region_w)).reshape(-1)  # (tiles_w * region_w,)
     indices = [torch.from_numpy(array).to(device) for array in (read_h, read_w, column)]
     return (tile_h, tile_w, region_h, region_w), *indices
 
@@ -162,5 +170,5 @@ def na2d_av_dense(attn, value, kernel_size):
     out = matrix @ value  # (B, heads, tiles, pixels, dim)
     out = out.reshape(B, heads, tiles_h, tiles_w, tile_h, tile_w, dim)
     out = out.transpose(3, 4)  # (B, heads, tiles_h, tile_h, tiles_w, tile_w, dim)
-    out = out.reshape(B, heads, tiles_h * tile_h, tiles_w * tile_w, dim)
+    out = out.reshape(B, heads, tiles_h * tile_h, tiles_w * tile_w, dim)  # the map, and what the tiles add to it
     return out[:, :, :H, :W]  # (B, heads, H, W, dim)

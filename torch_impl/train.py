@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,9 @@ def number(kind, minimum, exclusive=False):
     """An argparse type: `kind` (int or float), at least `minimum`, or above it if exclusive."""
     def parse(text):
         value = kind(text)
-        if not value >= minimum or exclusive and value == minimum or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"must be {'above' if exclusive else 'at least'} {minimum}, got {text}")
+        if not minimum <= value < float("inf") or exclusive and value == minimum:
+            bound = f"{'above' if exclusive else 'at least'} {minimum}"
+            raise argparse.ArgumentTypeError(f"must be a {'' if kind is int else 'finite '}number {bound}, got {text}")
         return value
     parse.__name__ = "whole number" if kind is int else "number"  # argparse says "invalid whole number value"
     return parse
@@ -71,7 +73,7 @@ def make_parser():
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one")
     add("--no-progress", action="store_true", help="print one line per epoch and nothing between")
     add("--na2d", choices=ops.BACKENDS, default="auto",
-        help="who computes na2d_av: NATTEN, our dense product, our Triton kernels, or auto: on a GPU NATTEN if installed, "
+        help="who computes na2d_av: NATTEN, our dense product, our Triton kernels, or auto: on a GPU NATTEN if built for it, "
         "else Triton for large maps; else dense")
     return parser
 
@@ -112,6 +114,12 @@ def make_optimizer(model, args):
                              foreach=True)
 
 
+def diverged(what, epoch, step):
+    """The InputError of a run whose loss is no longer a number."""
+    kept = ", or go on from the checkpoint of the epoch before with --init" if epoch > 1 else ""
+    return InputError(f"{what} in epoch {epoch}, step {step}; start anew with a lower --lr{kept}")
+
+
 def train_one_epoch(model, optimizer, data, args, epoch):
     """One pass over `data`. Returns the means over its images: {"train_loss", "train_loss_aux", "train_loss_main"}."""
     model.train()
@@ -129,8 +137,7 @@ def train_one_epoch(model, optimizer, data, args, epoch):
             optimizer.step()
             main, aux = main.item(), aux.item()
             if not np.isfinite(main + aux):
-                raise InputError(f"the loss is {main + args.aux_loss_ratio * aux} in epoch {epoch}, step {step}; "
-                                 "the checkpoint of the epoch before is kept, lower --lr")
+                raise diverged(f"the loss is {main + args.aux_loss_ratio * aux}", epoch, step)
             n = len(labels)
             total_main, total_aux, seen = total_main + main * n, total_aux + aux * n, seen + n
             progress.update(n, main + args.aux_loss_ratio * aux)
@@ -174,15 +181,16 @@ class RunFiles:
             raise InputError(f"cannot write to {self.output} ({error.strerror}); give another --output") from None
 
     def set_aside(self):
-        """Move an earlier run's files to previous-1/, previous-2/, ...: a new run overwrites nothing."""
-        earlier = [path for path in (self.csv, self.text, self.last, self.best) if path.exists()]
-        if earlier:
-            number = 1
-            while (self.output / f"previous-{number}").exists():
-                number += 1
-            folder = self.output / f"previous-{number}"
-            folder.mkdir()
-            for path in earlier:
+        """Move an earlier run's files to previous-1/, previous-2/, ...: a new run overwrites nothing.
+
+        The other framework's run beside it goes to the same folder, so the pairs stay together.
+        """
+        files = (self.csv, self.text, self.last, self.best)
+        if any(path.exists() for path in files):
+            folders = (self.output / f"previous-{number}" for number in count(1))
+            folder = next(f for f in folders if not any((f / path.name).exists() for path in files))
+            folder.mkdir(exist_ok=True)
+            for path in filter(Path.exists, files):
                 path.rename(folder / path.name)
             say(f"the files of an earlier run were moved to {folder}")
 
@@ -236,6 +244,8 @@ def run_training(args, files):
         ops.set_na2d_backend(args.na2d)
         if args.na2d == "triton" and args.device == "cpu":
             raise ValueError("the Triton kernels need a GPU; give --device cuda")
+        if args.na2d == "natten" and args.device == "cuda" and not ops.natten_has_cuda():
+            raise ValueError("NATTEN was built without CUDA; the README names its wheel for CUDA")
     except ValueError as error:
         raise InputError(f"--na2d {args.na2d}: {error}") from None
     if args.resume == Path():
@@ -294,8 +304,7 @@ def run_training(args, files):
         row |= evaluate(model, val, args)
         row |= dict(epoch_time=(time.perf_counter() - start) / 60, images_per_second=images_per_second, epoch=epoch)
         if not np.isfinite(row["val_loss"]):
-            raise InputError(f"the validation loss is {row['val_loss']} after epoch {epoch}, step {steps_per_epoch}; "
-                             "the checkpoint of the epoch before is kept, lower --lr")
+            raise diverged(f"the validation loss is {row['val_loss']}", epoch, steps_per_epoch)
         history.append(row)
         is_best, best = row["acc_top1"] > best, max(best, row["acc_top1"])
         state = dict(epoch=epoch, step=epoch * steps_per_epoch, best_top1=best, args=arguments, data=data, history=history)
@@ -325,13 +334,18 @@ def main():
     except InputError as error:
         stop(2, f"error: {error}")
     except OSError as error:
-        stop(2, f"error: {error.filename or args.output}: {error.strerror}; make room, or give another --output")
+        path = Path(str(error.filename or args.output))
+        written = args.output in (path, *path.parents)
+        remedy = "make room, or give another --output" if written else "check the path and its permissions"
+        stop(2, f"error: {path}: {error.strerror or error}; {remedy}")
     except BaseException:
         # Ctrl-C also reaches a compiler at work, whose failure may come first.
         if not interrupted:
             raise
-        finished = files.started and files.last.exists()
-        stop(130, f"interrupted; {'resume with: ' + resume_command(args) if finished else 'no epoch was finished'}")
+        if files.started and files.last.exists():
+            stop(130, f"interrupted; resume with: {resume_command(args)}")
+        again = "give the same command again" if args.resume or args.evaluate else "no epoch was finished"
+        stop(130, f"interrupted; {again}")
 
 
 def stop(status, message):
