@@ -49,12 +49,12 @@ def contmix(query, key, proj, rpb1, rpb2, x):
         ValueError: if the map is smaller than a kernel or the shapes do not fit together.
     """
     B, C, H, W = x.shape
-    heads, S = rpb1.shape[0], key.shape[3]
+    heads, Q, S = rpb1.shape[0], query.shape[1], key.shape[3]
     k1, k2 = (rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2
     shapes = [tuple(tensor.shape) for tensor in (query, key, proj.weight, proj.bias, rpb1, rpb2)]
-    fitting = [(B, C // 2, H, W), (B, C // 2, S, S), (k1**2 + k2**2, S**2, 1, 1), (k1**2 + k2**2,),
+    fitting = [(B, Q, H, W), (B, Q, S, S), (k1**2 + k2**2, S**2, 1, 1), (k1**2 + k2**2,),
                (heads, 2 * k1 - 1, 2 * k1 - 1), (heads, 2 * k2 - 1, 2 * k2 - 1)]
-    if min(H, W) < max(k1, k2) or C % (2 * heads) or shapes != fitting:
+    if min(H, W) < max(k1, k2) or C % (2 * heads) or Q % heads or shapes != fitting:
         raise ValueError(f"contmix: x {tuple(x.shape)}, {heads} heads, kernels {k1} and {k2}; query, key, proj's weight and bias, "
                          f"rpb1 and rpb2 {shapes} do not fit, {fitting} would, where no kernel is larger than the map")
     if on_cpu():

@@ -169,8 +169,9 @@ def test_contmix_refuses_shapes_that_do_not_fit(impl):
         return contmix(**{**tensors, "proj": SimpleNamespace(weight=tensors["proj"], bias=bias)})
 
     assert tuple(run().shape) == fitting["x"]
-    for wrong in (dict(query=(1, 8, 9, 7)), dict(query=(2, 8, 7, 9)), dict(query=(1, 6, 7, 9)), dict(key=(1, 6, 2, 2)),
-                  dict(key=(1, 8, 2, 3)), dict(proj=(33, 4, 1, 1)), dict(bias_size=33), dict(rpb1=(2, 5, 4)), dict(rpb2=(1, 9, 9)),
+    for wrong in (dict(query=(1, 8, 9, 7)), dict(query=(2, 8, 7, 9)), dict(query=(1, 6, 7, 9)),
+                  dict(query=(1, 7, 7, 9), key=(1, 7, 2, 2)), dict(key=(1, 6, 2, 2)), dict(key=(1, 8, 2, 3)),
+                  dict(proj=(33, 4, 1, 1)), dict(bias_size=33), dict(rpb1=(2, 5, 4)), dict(rpb2=(1, 9, 9)),
                   dict(rpb1=(3, 5, 5), rpb2=(3, 9, 9)), dict(x=(1, 16, 4, 9), query=(1, 8, 4, 9))):
         with pytest.raises(ValueError, match="do not fit"):
             run(**wrong)
