@@ -189,6 +189,14 @@ def test_model_table_of_the_readmes():
             assert row in (ROOT / name).read_text(), (name, row)
 
 
+@pytest.mark.parametrize("readme, options", [("README.md", []), ("README_zh.md", ["--zh"])])
+def test_table_of_times_is_that_of_the_log(readme, options):
+    """docs/bench_table.py prints the table that stands in both READMEs, from logs/reference/bench.csv."""
+    command = [sys.executable, ROOT / "docs" / "bench_table.py", *options]
+    table = subprocess.run(command, capture_output=True, check=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"}).stdout
+    assert table in (ROOT / readme).read_text(encoding="utf-8")
+
+
 def test_bench_measures_both_frameworks(pythons, tmp_path):
     command = [sys.executable, ROOT / "bench.py", "--only", "batch norm, 64x96x4x4", "--rounds", "1", "--output", tmp_path,
                "--jittor-python", pythons["jittor"], "--torch-python", pythons["torch"]]
