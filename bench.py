@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent
 CONTESTANTS = ("jittor", "torch", "natten", "natten -O3")
@@ -194,22 +195,29 @@ def machine_rates():
     return flops, copy
 
 
+def count_products(model, side):
+    """Multiply-adds of one image of side x side: convolutions and matrix products by PyTorch's counter, na2d_av by its definition."""
+    import contmix
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    window_products = 0
+
+    def counted_na2d_av(attn, value, kernel_size):
+        nonlocal window_products
+        window_products += attn.numel() * value.shape[-1]
+        return torch.zeros_like(value)
+
+    with mock.patch.object(contmix, "na2d_av", counted_na2d_av), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, side, side))
+    return counter.get_total_flops() / 2 + window_products
+
+
 def work(task):
     """(multiply-adds, bytes) that a task cannot avoid: every tensor in and out once, three times forward for training."""
     kind, *arguments = task
     if kind in STEPS:
         sys.path.insert(0, str(ROOT / "torch_impl"))
-        import contmix
         import models
-        import torch
-        from torch.utils.flop_counter import FlopCounterMode
-        window_products = []
-
-        def counted_na2d_av(attn, value, kernel_size):  # by its definition, not what a dense product makes of it
-            window_products.append(attn.numel() * value.shape[-1])
-            return torch.zeros_like(value)
-
-        contmix.na2d_av = counted_na2d_av
         variant, side, batch = arguments
         model = models.OverLoCK(**models.VARIANTS[variant], num_classes=20).eval()
         if kind == "merged inference":
@@ -218,11 +226,10 @@ def work(task):
         hooks = [m.register_forward_hook(lambda _, i, o: sizes.append(4 * o.numel()))
                  for m in model.modules() if not list(m.children())]
         sizes = []
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, side, side))
+        flops = batch * count_products(model, side)
         for hook in hooks:
             hook.remove()
-        flops, moved = batch * (counter.get_total_flops() / 2 + sum(window_products)), moved + 2 * batch * sum(sizes)
+        moved += 2 * batch * sum(sizes)
         return (3 * flops, 3 * moved) if kind == "training step" else (flops, moved)
     if kind == "data loading":
         side, batch = arguments

@@ -10,7 +10,7 @@ import numpy as np
 import fused
 from jittor_setup import jt
 from jittor import nn
-from ops import cast, kernel_types
+from ops import cast, check_channels, kernel_types
 
 
 def on_cpu():
@@ -62,8 +62,7 @@ class Conv2d(nn.Conv2d):
         return x
 
     def check(self, x):
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"Conv2d of {self.in_channels} channels got {x.shape[1]}, shape {tuple(x.shape)}")
+        check_channels("Conv2d", x, self.in_channels)
 
     def is_dense(self):
         """Whether it is a convolution of our dense kernel: in one group, the same along both axes."""

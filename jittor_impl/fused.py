@@ -6,7 +6,7 @@ memory of a kernel is one more output, of a size that depends on the shapes alon
 """
 from jittor_setup import jt
 from jittor import nn
-from ops import cast, check_types, launch
+from ops import cast, check_channels, check_types, launch
 
 
 def call(headers, code, inputs, shapes, data):
@@ -178,13 +178,6 @@ class Separable(jt.Function):
 NORM_HEADERS = ("norm_cpu.h",), ("cuda_launch.h", "cuda_sum.h", "norm_cuda.h")
 
 
-def check_channels(name, x, *values):
-    """Raise ValueError, with the shapes, unless each of `values` has one value for each channel of x (B, C, H, W)."""
-    for value in values:
-        if x.shape[1] != value.numel():
-            raise ValueError(f"{name} of {value.numel()} channels got {x.shape[1]}, shape {tuple(x.shape)}")
-
-
 def norm_chunks(x):
     """Into how many parts the GPU cuts the sums over a channel of x (B, C, H, W): a block for every 2048 values of it."""
     return min(max(-(-x.shape[0] * x.shape[2] * x.shape[3] // 2048), 1), 1024)
@@ -195,7 +188,7 @@ class BatchNorm(jt.Function):
 
     def execute(self, x, weight, bias, layer):
         check_types("BatchNorm: weight and bias", weight, bias)
-        check_channels("BatchNorm", x, weight, bias, layer.running_mean, layer.running_var)
+        check_channels("BatchNorm", x, *(v.numel() for v in (weight, bias, layer.running_mean, layer.running_var)))
         if layer.running_mean.dtype != "float32" or layer.running_var.dtype != "float32":
             raise ValueError(f"BatchNorm: the running statistics must be float32, got {layer.running_mean.dtype} and "
                              f"{layer.running_var.dtype}")
@@ -222,7 +215,7 @@ class ChannelNorm(jt.Function):
 
     def execute(self, x, weight, bias, eps):
         check_types("ChannelNorm: weight and bias", weight, bias)
-        check_channels("ChannelNorm", x, weight, bias)
+        check_channels("ChannelNorm", x, weight.numel(), bias.numel())
         B, C, H, W = x.shape
         self.data = {"B": B, "C": C, "P": H * W, "chunks": norm_chunks(x)}
         code = 'overlock::channel_norm(in0_p, in1_p, in2_p, out0_p, out1_p, out2_p, $B, $C, $P, data["eps"]'
@@ -251,7 +244,7 @@ class GRN(jt.Function):
 
     def execute(self, x, gamma, beta):
         check_types("GRN: gamma and beta", gamma, beta)
-        check_channels("GRN", x, gamma, beta)
+        check_channels("GRN", x, gamma.numel(), beta.numel())
         B, C, H, W = x.shape
         self.data = {"B": B, "C": C, "P": H * W}
         code = "overlock::grn(in0_p, in1_p, in2_p, out0_p, out1_p, "

@@ -82,6 +82,13 @@ def check_types(name, *inputs):
         raise ValueError(f"{name} must be of one type, got {', '.join(str(x.dtype) for x in inputs)}")
 
 
+def check_channels(name, x, *counts):
+    """Raise ValueError, with the shape, unless x (B, C, H, W) has as many channels as each of `counts` says."""
+    for count in counts:
+        if x.shape[1] != count:
+            raise ValueError(f"{name} of {count} channels got {x.shape[1]}, shape {tuple(x.shape)}")
+
+
 def cast(x, dtype):
     """x as `dtype`; x itself if it is. A gradient may come as float32 to an output that is not, where the two types met."""
     return x if x.dtype == dtype else x.cast(dtype)

@@ -183,11 +183,12 @@ class RunFiles:
         The other framework's run beside it goes to the same folder, so the pairs stay together.
         """
         files = (self.csv, self.text, self.last, self.best)
-        if any(path.exists() for path in files):
+        earlier = [path for path in files if path.exists()]
+        if earlier:
             folders = (self.output / f"previous-{number}" for number in count(1))
             folder = next(f for f in folders if not any((f / path.name).exists() for path in files))
             folder.mkdir(exist_ok=True)
-            for path in filter(Path.exists, files):
+            for path in earlier:
                 path.rename(folder / path.name)
             say(f"the files of an earlier run were moved to {folder}")
 

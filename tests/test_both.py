@@ -20,7 +20,7 @@ MIRRORED = sorted({path.name for path in (ROOT / "torch_impl").glob("*.py")} - O
 # What only one framework needs. Everything else must be in both.
 ONLY_JITTOR = {"ops.py": {"NA2dAV", "NA2dAV.execute(self, attn, value, kernel_size)", "NA2dAV.grad(self, grad_out)",
                           "NA2dAV.run(self, kernel, a, b, out_shape)", "launch(headers, code, inputs, shapes, data, dtypes=None)",
-                          "kernel_types()", "check_types(name, *inputs)", "cast(x, dtype)",
+                          "kernel_types()", "check_types(name, *inputs)", "check_channels(name, x, *counts)", "cast(x, dtype)",
                           "includes(names)", "with_data(code)"}}
 ONLY_TORCH = {"ops.py": {"natten_has_cuda()", "triton_kernels()", "set_na2d_backend(name)", "choose_na2d_backend(on_gpu, pixels, dtypes)",
                          "tiling(size, kernel_size, whole)",

@@ -230,6 +230,7 @@ def test_who_computes_na2d_av(impl, monkeypatch):
     if impl.name != "torch":
         pytest.skip("only torch_impl has a choice")
     kernels = SimpleNamespace(DTYPES={impl.torch.float32, impl.torch.float16, impl.torch.bfloat16})
+    monkeypatch.setattr(impl.ops, "natten_has_cuda", impl.ops.natten_has_cuda.__wrapped__)  # which does not remember
     for (on_gpu, pixels, dtypes, natten, triton), chosen in CHOICES:
         monkeypatch.setattr(impl.ops, "natten_na2d_av", None if natten is None else len)
         monkeypatch.setattr(impl.ops, "natten", SimpleNamespace(has_cuda=lambda natten=natten: natten), raising=False)

@@ -268,6 +268,7 @@ def test_natten_without_cuda_does_not_run_on_a_gpu(impl, monkeypatch):
         pytest.skip("only torch_impl can use NATTEN")
     import train
     monkeypatch.setattr(impl.ops, "_backend", "auto")
+    monkeypatch.setattr(impl.ops, "natten_has_cuda", impl.ops.natten_has_cuda.__wrapped__)  # which does not remember
     monkeypatch.setattr(impl.ops, "natten_na2d_av", len)
     monkeypatch.setattr(impl.ops, "natten", SimpleNamespace(has_cuda=lambda: False), raising=False)
     monkeypatch.setattr(impl.torch.cuda, "is_available", lambda: True)

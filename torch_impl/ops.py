@@ -19,6 +19,7 @@ BACKENDS = ("auto", "natten", "dense", "triton")
 _backend = "auto"
 
 
+@lru_cache(maxsize=None)
 def natten_has_cuda():
     """Whether NATTEN is installed and was built for GPUs. One that was not returns memory as it was, with no exception."""
     return natten_na2d_av is not None and natten.has_cuda()
