@@ -1,9 +1,9 @@
 """Prepare the images that train.py reads: TinyImageNet, or a small drawn set in the same layout.
 
-    python data/prepare.py                 download TinyImageNet and unpack it to data/tiny-imagenet-200
-    python data/prepare.py --zip FILE      the same from an archive that is here already
-    python data/prepare.py --sample        draw a small set to data/sample; needs no network
-    python data/prepare.py --verify        decode every image and check every list
+    python data/prepare.py             download TinyImageNet and unpack it to data/tiny-imagenet-200
+    python data/prepare.py --zip FILE  the same from an archive that is here already
+    python data/prepare.py --sample    draw a small set to data/sample; needs no network
+    python data/prepare.py --verify    decode every image and check every list
 
 The layout is that of the official archive; the columns of the lists are separated by tabs:
 
@@ -14,6 +14,7 @@ The layout is that of the official archive; the columns of the lists are separat
     val/val_annotations.txt            file, class id, left, top, right, bottom
     val/images/*.JPEG
 """
+
 import argparse
 import glob
 import hashlib
@@ -40,12 +41,14 @@ MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 SIZE = 64  # pixels a side
 CHUNK = 1 << 20  # bytes
 
-# A class is the region where its function is positive, in units of the drawn radius. Every function changes by about
-# 1 a unit, so that all edges are equally sharp.
+# A class is the region where its function is positive, in units of the drawn radius. Every function
+# changes by about 1 a unit, so that all edges are equally sharp.
 SHAPES = {
     "disc": lambda x, y: 1 - np.hypot(x, y),
     "stripes": lambda x, y: np.minimum(1 - np.hypot(x, y), np.sin(9 * x) / 9),
-    "cross": lambda x, y: np.minimum(0.3 - np.minimum(abs(x), abs(y)), 1 - np.maximum(abs(x), abs(y))),
+    "cross": lambda x, y: np.minimum(
+        0.3 - np.minimum(abs(x), abs(y)), 1 - np.maximum(abs(x), abs(y))
+    ),
     "checkerboard": lambda x, y: np.minimum(1 - np.hypot(x, y), np.sin(7 * x) * np.sin(7 * y) / 7),
     "ring": lambda x, y: 0.2 - abs(np.hypot(x, y) - 0.8),
     "triangle": lambda x, y: 0.5 - np.maximum(y, abs(x) * 0.75**0.5 - y / 2),
@@ -62,9 +65,10 @@ class PrepareError(Exception):
 
 @contextmanager
 def progress(label, total, unit, start=0):
-    """Yield a function that takes the amount just done and moves a bar, which runs from `start` to `total`.
+    """Yield a function that takes the amount just done and moves a bar from `start` to `total`.
 
-    Where stderr is no terminal a bar would only fill a log file: there it is one line on stdout at either end.
+    Where stderr is no terminal a bar would only fill a log file:
+    there it is one line on stdout at either end.
     """
     if sys.stderr.isatty():
         with tqdm(desc=label, total=total, initial=start, unit=unit, unit_scale=unit == "B") as bar:
@@ -76,9 +80,10 @@ def progress(label, total, unit, start=0):
 
 
 def read_rows(folder, name, columns):
-    """Read the tab-separated list `name` in `folder`; returns its rows, each a list of `columns` str.
+    """Read the tab-separated list `name` in `folder`.
 
-    Raises ValueError for a missing list, for a row of another length, and for a box that is not four whole numbers.
+    Returns its rows, each a list of `columns` str. Raises ValueError for a missing list, for a row
+    of another length, and for a box that is not four whole numbers.
     """
     if not (folder / name).is_file():
         raise ValueError(f"{name} is missing")
@@ -94,11 +99,12 @@ def read_rows(folder, name, columns):
 def survey(folder):
     """Compare the lists of the data set in `folder` with its image files, without opening an image.
 
-    Returns (train, val): the number of images of each class as {class id: count}, in the order of wnids.txt.
-    Raises ValueError for the first thing that is wrong.
+    Returns (train, val): the number of images of each class as {class id: count}, in the order of
+    wnids.txt. Raises ValueError for the first thing that is wrong.
     """
     classes = [row[0] for row in read_rows(folder, "wnids.txt", 1)]
-    words = {row[0] for row in read_rows(folder, "words.txt", 2)}  # the official list names many more than 200
+    # The official words.txt names many more than 200.
+    words = {row[0] for row in read_rows(folder, "words.txt", 2)}
     folders = {path.name for path in folder.glob("train/*") if path.is_dir()}
     odd = (folders ^ set(classes)) | (set(classes) - words)
     if odd:
@@ -130,14 +136,16 @@ def survey(folder):
 
 def summary(folder, train, val):
     """One line that says what lies in `folder`; `train` and `val` as from survey()."""
-    return f"{folder}: {len(train)} classes, {sum(train.values())} training, {sum(val.values())} validation images"
+    training, validation = sum(train.values()), sum(val.values())
+    return f"{folder}: {len(train)} classes, {training} training, {validation} validation images"
 
 
 @contextmanager
 def staging(target):
-    """Yield a new folder beside `target` that is renamed to `target` once it is filled and has passed survey().
+    """Yield a new folder beside `target`, renamed to it once it is filled and has passed survey().
 
-    So nothing unfinished ever bears the final name, whatever stops a run; the next run removes what a killed one left.
+    So nothing unfinished ever bears the final name, whatever stops a run; the next run removes what
+    a killed one left.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.part-*"):
@@ -153,21 +161,30 @@ def staging(target):
 
 
 def check_member(member):
-    """Raise PrepareError unless the ZipInfo `member` is a folder or a plain file inside ROOT, on every system."""
+    """Raise PrepareError unless the ZipInfo `member` is a folder or a plain file inside ROOT.
+
+    It must be so on every system.
+    """
     name = member.filename
     outer, *inner = name.removesuffix("/").split("/")
-    inside = outer == ROOT and all(part.strip(" .") for part in inner) and not set("\\:") & set(name)
-    # zipfile cuts a name at a NUL byte, and on Windows it turns backslashes: a name that it changed is a trick.
-    plain = name == member.orig_filename and stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
+    portable = all(part.strip(" .") for part in inner) and not set("\\:") & set(name)
+    inside = outer == ROOT and portable
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    # zipfile cuts a name at a NUL byte, and on Windows it turns backslashes:
+    # a name that it changed is a trick.
+    plain = name == member.orig_filename and kind in (0, stat.S_IFREG, stat.S_IFDIR)
     if not inside or not plain or not (inner or member.is_dir()):
-        raise PrepareError(f"the archive holds {member.orig_filename!r}, which is not a plain file inside {ROOT}/; "
-                           "nothing was unpacked, use the official archive")
+        raise PrepareError(
+            f"the archive holds {member.orig_filename!r}, which is not a plain file "
+            f"inside {ROOT}/; nothing was unpacked, use the official archive"
+        )
 
 
 def unpack(archive_file, target):
     """Unpack a TinyImageNet archive to the new folder `target`.
 
-    Raises PrepareError, and leaves nothing behind, if the archive is damaged, incomplete or reaches outside `target`.
+    Raises PrepareError, and leaves nothing behind, if the archive is damaged, is incomplete or
+    reaches outside `target`.
     """
     try:
         with zipfile.ZipFile(archive_file) as archive:
@@ -185,11 +202,16 @@ def unpack(archive_file, target):
     except PrepareError:
         raise
     except OSError as error:
-        raise PrepareError(f"cannot unpack {archive_file} to {target} ({error}); check both paths and the free space"
-                           ) from error
-    except Exception as error:  # ValueError from survey(), and whatever zipfile raises: that depends on the damage
-        raise PrepareError(f"{archive_file} is damaged or no archive of TinyImageNet ({error}); "
-                           "use the official archive") from error
+        raise PrepareError(
+            f"cannot unpack {archive_file} to {target} ({error}); "
+            "check both paths and the free space"
+        ) from error
+    except Exception as error:
+        # ValueError from survey(), and whatever zipfile raises: that depends on the damage.
+        raise PrepareError(
+            f"{archive_file} is damaged or no archive of TinyImageNet ({error}); "
+            "use the official archive"
+        ) from error
 
 
 def md5(path):
@@ -209,31 +231,46 @@ def read_chunks(response):
         if response.length:  # what was announced and has not come; read() itself is silent about it
             raise http.client.IncompleteRead(b"", response.length)
     except (OSError, http.client.HTTPException) as error:
-        raise PrepareError(f"the download broke off ({error}); run the same command again to go on") from error
+        raise PrepareError(
+            f"the download broke off ({error}); run the same command again to go on"
+        ) from error
 
 
 def download(part):
-    """Append to the file `part` what it lacks of URL. Raises PrepareError if the server does not deliver it."""
+    """Append to the file `part` what it lacks of URL.
+
+    Raises PrepareError if the server does not deliver it.
+    """
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(URL, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+        status = error.code if isinstance(error, urllib.error.HTTPError) else None
+        if status == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             return  # nothing lies beyond what is here; its md5 sum will tell whether it is right
-        raise PrepareError(f"cannot download {URL} ({error}); fetch it on another machine (248,100,043 bytes, "
-                           f"md5 {MD5}) and give it with --zip FILE, or draw a small set with --sample") from error
+        raise PrepareError(
+            f"cannot download {URL} ({error}); fetch it on another machine (248,100,043 bytes, "
+            f"md5 {MD5}) and give it with --zip FILE, or draw a small set with --sample"
+        ) from error
     # A server that ignores Range answers 200 and sends the file from its beginning.
     start = have if response.status == http.client.PARTIAL_CONTENT else 0
     total = start + response.length if response.length else None
-    with response, part.open("ab" if start else "wb") as file, progress("downloading", total, "B", start) as advance:
+    with (
+        response,
+        part.open("ab" if start else "wb") as file,
+        progress("downloading", total, "B", start) as advance,
+    ):
         for chunk in read_chunks(response):
             file.write(chunk)
             advance(len(chunk))
 
 
 def download_and_unpack(target):
-    """Make the official data set the new folder `target`; its archive lies beside it until it is unpacked."""
+    """Make the official data set the new folder `target`.
+
+    Its archive lies beside it until it is unpacked.
+    """
     part = target.with_name(f"{ROOT}.zip.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     if not part.exists() or md5(part) != MD5:  # a whole one is left where only unpacking failed
@@ -241,16 +278,19 @@ def download_and_unpack(target):
         found = md5(part)
         if found != MD5:
             part.unlink()
-            raise PrepareError(f"the download has md5 {found} instead of {MD5} and was removed; run the same command "
-                               "again, or fetch the archive in another way and give it with --zip FILE")
+            raise PrepareError(
+                f"the download has md5 {found} instead of {MD5} and was removed; run the same "
+                "command again, or fetch the archive in another way and give it with --zip FILE"
+            )
     unpack(part, target)
     part.unlink()
 
 
 def draw(shape, rng):
-    """Draw one image of a class, a value of SHAPES; the NumPy generator `rng` decides everything else.
+    """Draw one image of a class, a value of SHAPES; the NumPy generator `rng` decides the rest.
 
-    Returns the RGB image and the box of the shape (left, top, right, bottom) in pixels, both ends included.
+    Returns the RGB image and the box of the shape in pixels, both ends included:
+    (left, top, right, bottom).
     """
     radius = rng.uniform(16, 26)
     centre_x, centre_y = rng.uniform(radius, SIZE - 1 - radius, size=2)
@@ -258,8 +298,8 @@ def draw(shape, rng):
     turned = (x - centre_x + 1j * (y - centre_y)) * np.exp(1j * rng.uniform(-0.5, 0.5)) / radius
     inside = np.clip(shape(turned.real, turned.imag) * radius + 0.5, 0, 1)
 
-    # The shape is brighter than its ground in every channel, so that it also shows in a greyscale file; one image in
-    # four is inverted. Neither colour nor brightness tells the class.
+    # The shape is brighter than its ground in every channel, so that it also shows in a greyscale
+    # file; one image in four is inverted. Neither colour nor brightness tells the class.
     ground = rng.uniform(10, 120, size=3)
     contrast = rng.uniform(70, 135, size=3)
     shade = rng.uniform(-0.5, 0.5) * (x - SIZE / 2) + rng.uniform(-0.5, 0.5) * (y - SIZE / 2)
@@ -274,11 +314,13 @@ def draw(shape, rng):
 
 
 def save_image(path, seed, split, label, number):
-    """Draw image `number` of class `label` to the file `path`; `split` is 0 for training, 1 for validation.
+    """Draw image `number` of class `label` to the file `path`.
 
-    Returns its file name and box as a list of str. It does not depend on how many other images are drawn.
+    `split` is 0 for training, 1 for validation. Returns its file name and box as a list of str. It
+    does not depend on how many other images are drawn.
     """
-    image, box = draw(list(SHAPES.values())[label], np.random.default_rng([seed, split, label, number]))
+    shape = list(SHAPES.values())[label]
+    image, box = draw(shape, np.random.default_rng([seed, split, label, number]))
     if number % 16 == 7:  # the real set holds some greyscale files, too
         image = image.convert("L")
     image.save(path, "JPEG", quality=85)
@@ -291,9 +333,15 @@ def write_rows(path, rows):
 
 
 def draw_sample(target, classes, train, val, seed):
-    """Draw `classes` classes (at most len(SHAPES)), with `train` and `val` images each, to the new folder `target`."""
+    """Draw `classes` classes (at most len(SHAPES)) to the new folder `target`.
+
+    Each has `train` images for training and `val` for validation.
+    """
     wnids = [f"n{label:08d}" for label in range(1, classes + 1)]
-    with staging(target) as folder, progress("drawing", classes * (train + val), "image") as advance:
+    with (
+        staging(target) as folder,
+        progress("drawing", classes * (train + val), "image") as advance,
+    ):
         for label, wnid in enumerate(wnids):
             images = folder / "train" / wnid / "images"
             images.mkdir(parents=True)
@@ -308,7 +356,8 @@ def draw_sample(target, classes, train, val, seed):
         annotations = []
         for number in range(val):
             for label, wnid in enumerate(wnids):
-                name, *box = save_image(images / f"val_{len(annotations)}.JPEG", seed, 1, label, number)
+                path = images / f"val_{len(annotations)}.JPEG"
+                name, *box = save_image(path, seed, 1, label, number)
                 annotations.append([name, wnid, *box])
                 advance(1)
         write_rows(folder / "val" / "val_annotations.txt", annotations)
@@ -324,7 +373,8 @@ def report(message):
 def verify(folder):
     """Decode every image of the data set in `folder` and print the counts of each class.
 
-    Returns the exit status: 2 after a line on stderr for each broken image, else 0. Raises ValueError as survey() does.
+    Returns the exit status: 2 after a line on stderr for each broken image, else 0. Raises
+    ValueError as survey() does.
     """
     train, val = survey(folder)
     broken = []
@@ -336,8 +386,11 @@ def verify(folder):
                     image.load()
                     if image.size != (SIZE, SIZE):
                         raise ValueError(f"it is {image.width}x{image.height}, not {SIZE}x{SIZE}")
-            except Exception as error:  # Pillow raises many types, according to where a file is damaged
-                broken.append(f"{path} is no valid image ({error}); remove {folder} and prepare it again")
+            except Exception as error:
+                # Pillow raises many types, according to where a file is damaged.
+                broken.append(
+                    f"{path} is no valid image ({error}); remove {folder} and prepare it again"
+                )
             advance(1)
     for message in broken:
         report(message)
@@ -356,30 +409,61 @@ class Parser(argparse.ArgumentParser):
 
 def at_least(low):
     """An argparse type for whole numbers from `low` on."""
+
     def number(text):
         if int(text) < low:
             raise argparse.ArgumentTypeError(f"{text} is less than {low}")
         return int(text)
+
     return number
 
 
 def parse_arguments(argv):
     """Read the command line. Raises PrepareError if it is wrong."""
-    parser = Parser(prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     task = parser.add_mutually_exclusive_group()
-    task.add_argument("--zip", metavar="FILE", type=Path, help="unpack this archive instead of downloading it")
+    task.add_argument(
+        "--zip", metavar="FILE", type=Path, help="unpack this archive instead of downloading it"
+    )
     task.add_argument("--sample", action="store_true", help="draw a small set")
     task.add_argument("--verify", action="store_true", help="check a data set that is there")
-    parser.add_argument("--output", metavar="DIR", type=Path,
-                        help=f"folder of the data set (default: data/{ROOT}, or data/sample for --sample)")
-    parser.add_argument("--sample-classes", metavar="N", type=int, choices=range(2, len(SHAPES) + 1), default=5,
-                        help=f"2 to {len(SHAPES)} classes in the sample (default: %(default)s)")
-    parser.add_argument("--sample-train", metavar="N", type=at_least(1), default=64,
-                        help="training images of each class in the sample (default: %(default)s)")
-    parser.add_argument("--sample-val", metavar="N", type=at_least(1), default=16,
-                        help="validation images of each class in the sample (default: %(default)s)")
-    parser.add_argument("--seed", metavar="N", type=at_least(0), default=0,
-                        help="the same seed draws the same sample (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help=f"folder of the data set (default: data/{ROOT}, or data/sample for --sample)",
+    )
+    parser.add_argument(
+        "--sample-classes",
+        metavar="N",
+        type=int,
+        choices=range(2, len(SHAPES) + 1),
+        default=5,
+        help=f"2 to {len(SHAPES)} classes in the sample (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sample-train",
+        metavar="N",
+        type=at_least(1),
+        default=64,
+        help="training images of each class in the sample (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sample-val",
+        metavar="N",
+        type=at_least(1),
+        default=16,
+        help="validation images of each class in the sample (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=at_least(0),
+        default=0,
+        help="the same seed draws the same sample (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     for name in ("sample_classes", "sample_train", "sample_val", "seed"):
         if not args.sample and getattr(args, name) != parser.get_default(name):
@@ -392,15 +476,19 @@ def run(args):
     target = (args.output or DATA / ("sample" if args.sample else ROOT)).resolve()
     if args.verify or target.exists():
         if args.zip or args.sample:
-            raise PrepareError(f"{target} exists already; remove it first or name another folder with --output")
+            raise PrepareError(
+                f"{target} exists already; remove it first or name another folder with --output"
+            )
         try:
             if args.verify:
                 return verify(target)
             print("already there:", summary(target, *survey(target)))
             return 0
         except ValueError as error:
-            raise PrepareError(f"{target} is not a complete data set: {error}; remove what is there and prepare it "
-                               "again") from error
+            raise PrepareError(
+                f"{target} is not a complete data set: {error}; "
+                "remove what is there and prepare it again"
+            ) from error
     if args.sample:
         draw_sample(target, args.sample_classes, args.sample_train, args.sample_val, args.seed)
     elif args.zip:

@@ -1,20 +1,20 @@
-"""Checkpoints: safetensors files, the same keys in both frameworks, so that either loads the other's.
+"""Checkpoints: safetensors files, the same keys in both frameworks: either loads the other's.
 
-    model.<state-dict key>, optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter>
-    metadata "run", JSON: epoch (epochs done), step (optimizer steps done), best_top1, args, data (classes and image
-    shape), history (rows of the log)
+Keys: model.<state-dict key>, optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter>.
+Metadata "run", JSON: epoch (epochs done), step (optimizer steps done), best_top1, args, data
+(classes and image shape), history (rows of the log).
 """
+
 import json
-import os
 from pathlib import Path
 
 import numpy as np
-from jittor_setup import jt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-
-import torch_pickle
-from dataset import InputError
+from . import read_pth
+from .aligned.start import jt
+from .errors import InputError
+from .run_files import write_atomic
 
 RUN_KEYS = {"epoch", "step", "best_top1", "args", "data", "history"}
 CLASSIFIERS = ("head.4.weight", "head.4.bias", "aux_head.2.weight", "aux_head.2.bias")
@@ -31,7 +31,9 @@ def model_arrays(model):
     """{state-dict key: NumPy array}."""
     arrays = {key: value.numpy() for key, value in model.state_dict().items()}
     for key in arrays:
-        if key.endswith("num_batches_tracked"):  # a 64-bit scalar in PyTorch; Jittor has neither by default
+        if key.endswith(
+            "num_batches_tracked"
+        ):  # a 64-bit scalar in PyTorch; Jittor has neither by default
             arrays[key] = arrays[key].astype(np.int64).reshape(())  # (1,) -> ()
     return arrays
 
@@ -45,26 +47,16 @@ def optimizer_arrays(model, optimizer):
     return arrays
 
 
-def write_atomic(path, data):
-    """Write bytes so that `path` holds either the old or the new content, whatever happens meanwhile."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # a full disk, Ctrl-C
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def save_checkpoint(path, model, optimizer, run):
     """Write model, moments and `run` (a dict that JSON can hold) to `path`."""
     arrays = {f"model.{key}": value for key, value in model_arrays(model).items()}
-    arrays |= {f"optimizer.{key}": value for key, value in optimizer_arrays(model, optimizer).items()}
+    arrays |= {
+        f"optimizer.{key}": value for key, value in optimizer_arrays(model, optimizer).items()
+    }
     # safetensors wants contiguous arrays; ascontiguousarray makes a scalar () a vector (1,), reshape mends that.
-    arrays = {key: np.ascontiguousarray(value).reshape(value.shape) for key, value in arrays.items()}
+    arrays = {
+        key: np.ascontiguousarray(value).reshape(value.shape) for key, value in arrays.items()
+    }
     write_atomic(path, save(arrays, metadata={"run": json.dumps(run)}))
 
 
@@ -78,28 +70,41 @@ def read_checkpoint(path):
         raise InputError(f"no checkpoint at {path}; check the path")
     if path.suffix in (".pth", ".pt", ".bin"):
         try:
-            content = torch_pickle.read(path)
+            content = read_pth.read(path)
         except ValueError as error:
             raise InputError(f"{path}: {error}; it may be truncated, fetch it again") from None
         for key in ("state_dict", "model"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
-        if not isinstance(content, dict) or not any(isinstance(value, np.ndarray) for value in content.values()):
+        if not isinstance(content, dict) or not any(
+            isinstance(value, np.ndarray) for value in content.values()
+        ):
             raise InputError(f"{path} holds no state dict; give a checkpoint of OverLoCK")
-        return {key: value for key, value in content.items() if isinstance(value, np.ndarray)}, {}, {}
+        return (
+            {key: value for key, value in content.items() if isinstance(value, np.ndarray)},
+            {},
+            {},
+        )
     try:
         with safe_open(path, framework="numpy") as f:
-            arrays = {key: f.get_tensor(key) for key in f.keys()}
+            keys = f.keys()
+            arrays = {key: f.get_tensor(key) for key in keys}
             run = json.loads((f.metadata() or {}).get("run", "{}"))
     except (SafetensorError, ValueError, TypeError, OSError) as error:
-        raise InputError(f"{path} is not a checkpoint or is truncated ({str(error)[:80]}); give another one") from None
-    if run and not (isinstance(run, dict) and RUN_KEYS <= run.keys() and len(run["history"]) == run["epoch"]):
+        raise InputError(
+            f"{path} is not a checkpoint or is truncated ({str(error)[:80]}); give another one"
+        ) from None
+    if run and not (
+        isinstance(run, dict) and run.keys() >= RUN_KEYS and len(run["history"]) == run["epoch"]
+    ):
         raise InputError(f"{path} was not written by this train.py; use it with --init")
     model, optimizer = {}, {}
     for key, value in arrays.items():
         kind, _, name = key.partition(".")
         if kind not in ("model", "optimizer"):
-            raise InputError(f"{path} is a safetensors file, but not a checkpoint of train.py (key {key}); give another one")
+            raise InputError(
+                f"{path} is a safetensors file, but not a checkpoint of train.py (key {key}); give another one"
+            )
         (model if kind == "model" else optimizer)[name] = value
     return model, optimizer, run
 
@@ -118,14 +123,20 @@ def load_model(model, arrays, path, keep_classifier=False):
     missing, unexpected = own.keys() - arrays.keys(), arrays.keys() - own.keys()
     if missing or unexpected:
         which = f"{len(missing)} keys are missing, {len(unexpected)} unknown, such as {min(missing or unexpected)}"
-        raise InputError(f"{path} is a checkpoint of another model ({which}); give the right --model")
+        raise InputError(
+            f"{path} is a checkpoint of another model ({which}); give the right --model"
+        )
     for key, value in arrays.items():
         if key in CLASSIFIERS and value.shape != own[key].shape:
-            raise InputError(f"{path} has {value.shape[0]} classes, this model {own[key].shape[0]}; "
-                             f"give --num-classes {value.shape[0]}, or --init to keep all but the classifier")
+            raise InputError(
+                f"{path} has {value.shape[0]} classes, this model {own[key].shape[0]}; "
+                f"give --num-classes {value.shape[0]}, or --init to keep all but the classifier"
+            )
         if value.shape != own[key].shape:
-            raise InputError(f"{path} is a checkpoint of another model ({key} is {value.shape} there, "
-                             f"{own[key].shape} here); give the right --model")
+            raise InputError(
+                f"{path} is a checkpoint of another model ({key} is {value.shape} there, "
+                f"{own[key].shape} here); give the right --model"
+            )
     # Arrays, never stopped Vars: a parameter that is assigned a stopped Var is frozen without a word.
     state = model.state_dict()
     for key, value in arrays.items():
@@ -140,5 +151,7 @@ def load_optimizer(model, optimizer, arrays, step, path):
         for moment, jittor_name in (("exp_avg", "m"), ("exp_avg_sq", "values")):
             value = arrays.get(f"{moment}.{name}")
             if value is None or value.shape != tuple(parameter.shape):
-                raise InputError(f"{path} lacks the optimizer's {moment} of {name}; it cannot be resumed, use --init")
+                raise InputError(
+                    f"{path} lacks the optimizer's {moment} of {name}; it cannot be resumed, use --init"
+                )
             optimizer.param_groups[0][jittor_name][i].update(jt.array(value))

@@ -1,14 +1,12 @@
 """ContMix, OverLoCK's context-mixing dynamic convolution (paper, section 3.2)."""
+
 from functools import lru_cache
 
 import numpy as np
-import fused
-from jittor_setup import jt
-from jittor import nn
-from jittor.nn import linear
-
-from aligned_nn import on_cpu
-from ops import na2d_av
+from .aligned.functions import ContMixFunction, linear
+from .aligned.launch import has_kernel
+from .aligned.start import jt, nn
+from .ops import na2d_av
 
 
 @lru_cache(maxsize=16)  # a detector's maps come in many sizes, 80 MB for one of 200x320
@@ -18,6 +16,7 @@ def relative_position_index(height, width, kernel_size):
     The window of a pixel is shifted at the borders, not clipped, so its first row lies between 0 and K-1 rows
     above the pixel. Returns integers of shape (height, width, K*K), each below (2K-1)**2.
     """
+
     def offsets(size):
         i = np.arange(size)
         first = np.clip(i - kernel_size // 2, 0, size - kernel_size)
@@ -38,7 +37,7 @@ def position_bias(rpb, height, width):
 def contmix(query, key, proj, rpb1, rpb2, x):
     """Convolve x by kernels made at each pixel: half of the channels by small ones (k1 x k1), half by large (k2 x k2).
 
-    A pixel's kernels are a mixture, by its affinity to the S*S regions of the overview, of learned kernels.
+    A pixel's kernels are a mixture, by its affinity to the S*S regions of the context prior, of learned kernels.
 
     Args:
         query (B, dim/2, H, W); key (B, dim/2, S, S); proj: the 1x1 convolution from S*S affinities to k1² + k2² weights;
@@ -52,24 +51,39 @@ def contmix(query, key, proj, rpb1, rpb2, x):
     heads, Q, S = rpb1.shape[0], query.shape[1], key.shape[3]
     k1, k2 = (rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2
     shapes = [tuple(tensor.shape) for tensor in (query, key, proj.weight, proj.bias, rpb1, rpb2)]
-    fitting = [(B, Q, H, W), (B, Q, S, S), (k1**2 + k2**2, S**2, 1, 1), (k1**2 + k2**2,),
-               (heads, 2 * k1 - 1, 2 * k1 - 1), (heads, 2 * k2 - 1, 2 * k2 - 1)]
+    fitting = [
+        (B, Q, H, W),
+        (B, Q, S, S),
+        (k1**2 + k2**2, S**2, 1, 1),
+        (k1**2 + k2**2,),
+        (heads, 2 * k1 - 1, 2 * k1 - 1),
+        (heads, 2 * k2 - 1, 2 * k2 - 1),
+    ]
     if min(H, W) < max(k1, k2) or C % (2 * heads) or Q % heads or shapes != fitting:
-        raise ValueError(f"contmix: x {tuple(x.shape)}, {heads} heads, kernels {k1} and {k2}; query, key, proj's weight and bias, "
-                         f"rpb1 and rpb2 {shapes} do not fit, {fitting} would, where no kernel is larger than the map")
-    if on_cpu():
-        return fused.ContMix.apply(query, key, proj.weight, proj.bias, rpb1, rpb2, x)
-    query = query.reshape(B, heads, -1, H * W).transpose(2, 3)  # (B, heads, H*W, dim/2/heads)
-    key = key.reshape(B, heads, query.shape[3], -1)  # (B, heads, dim/2/heads, S*S)
+        raise ValueError(
+            f"contmix: x {tuple(x.shape)}, {heads} heads, kernels {k1} and {k2}; query, key, proj's weight and bias, "
+            f"rpb1 and rpb2 {shapes} do not fit, {fitting} would, where no kernel is larger than the map"
+        )
+    # On a CPU one kernel computes all of it (kernels/contmix_cpu.h). tests/test_functions.py holds it to the
+    # definition in float64, and its gradients to those of the formula below, which is what runs on a GPU.
+    if has_kernel(ContMixFunction):
+        return ContMixFunction.apply(query, key, proj.weight, proj.bias, rpb1, rpb2, x)
+    # (B, dim/2, H, W) -> (B, heads, dim/2/heads, H*W) -> (B, heads, H*W, dim/2/heads)
+    query = query.reshape(B, heads, -1, H * W).transpose(2, 3)
+    key = key.reshape(
+        B, heads, query.shape[3], -1
+    )  # (B, dim/2, S, S) -> (B, heads, dim/2/heads, S*S)
     # The 1x1 convolution over the S*S affinities of a pixel is a linear map of the last axis, (k1² + k2², S*S).
     weight = linear(query @ key, proj.weight.flatten(1), proj.bias)
-    weight = weight.reshape(B, heads, H, W, k1**2 + k2**2)  # (B, heads, H*W, k1² + k2²) -> (..., H, W, k1² + k2²)
+    # (B, heads, H*W, k1² + k2²) -> (B, heads, H, W, k1² + k2²)
+    weight = weight.reshape(B, heads, H, W, k1**2 + k2**2)
     attn1, attn2 = jt.split(weight, (k1**2, k2**2), dim=-1)  # (B, heads, H, W, k1²), (..., k2²)
     attn1 = nn.softmax(attn1 + position_bias(rpb1, H, W), dim=-1)  # (B, heads, H, W, k1²)
     attn2 = nn.softmax(attn2 + position_bias(rpb2, H, W), dim=-1)  # (B, heads, H, W, k2²)
 
-    value = x.reshape(B, 2, heads, -1, H, W).permute(1, 0, 2, 4, 5, 3)  # (2, B, heads, H, W, dim/2/heads)
+    # (B, dim, H, W) -> (B, 2, heads, dim/2/heads, H, W) -> (2, B, heads, H, W, dim/2/heads)
+    value = x.reshape(B, 2, heads, -1, H, W).permute(1, 0, 2, 4, 5, 3)
     x1 = na2d_av(attn1, value[0], k1)
     x2 = na2d_av(attn2, value[1], k2)
     x = jt.cat([x1, x2], dim=1).permute(0, 1, 4, 2, 3)  # (B, 2*heads, dim/2/heads, H, W)
-    return x.reshape(B, C, H, W)  # (B, dim, H, W)
+    return x.reshape(B, C, H, W)  # (B, 2*heads, dim/2/heads, H, W) -> (B, dim, H, W)

@@ -2,6 +2,7 @@
 
 Nothing here depends on a framework: batches are NumPy arrays, bit by bit the same in both implementations.
 """
+
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,13 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+from .errors import InputError
 
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)  # of ImageNet, RGB, pixels in 0..1
 STD = np.array((0.229, 0.224, 0.225), np.float32)
-
-
-class InputError(Exception):
-    """Something that the user gave is wrong. The message is one line: what is wrong, and what to do."""
 
 
 class TinyImageNet:
@@ -42,10 +40,10 @@ class TinyImageNet:
             order = generator.permutation(len(self))
             flip = generator.random(len(self)) < 0.5
         for start in range(0, len(self), batch_size):
-            images = self.images[order[start:start + batch_size]]  # (n, H, W, 3)
-            flipped = flip[start:start + batch_size]
+            images = self.images[order[start : start + batch_size]]  # (n, H, W, 3)
+            flipped = flip[start : start + batch_size]
             images[flipped] = images[flipped, :, ::-1]
-            yield normalise(images), self.labels[order[start:start + batch_size]]
+            yield normalise(images), self.labels[order[start : start + batch_size]]
 
 
 def normalise(images):
@@ -65,22 +63,39 @@ def load(data_dir, num_classes, train_per_class, val_per_class, progress=True):
     data_dir = Path(data_dir)
     train_dir, val_dir = data_dir / "train", data_dir / "val"
     if not data_dir.is_dir():
-        raise InputError(f"no data set at {data_dir}; python data/prepare.py downloads it, --data-dir names another place")
+        raise InputError(
+            f"no data set at {data_dir}; python data/prepare.py downloads it, --data-dir names another place"
+        )
     if not train_dir.is_dir() or not (val_dir / "val_annotations.txt").is_file():
-        raise InputError(f"{data_dir} is not TinyImageNet: it lacks train/ or val/val_annotations.txt; "
-                         "python data/prepare.py makes the right layout")
-    available = sorted(p.name for p in train_dir.iterdir() if p.is_dir() and not p.name.startswith("."))
+        raise InputError(
+            f"{data_dir} is not TinyImageNet: it lacks train/ or val/val_annotations.txt; "
+            "python data/prepare.py makes the right layout"
+        )
+    available = sorted(
+        p.name for p in train_dir.iterdir() if p.is_dir() and not p.name.startswith(".")
+    )
     if num_classes > len(available):
-        raise InputError(f"{train_dir} has {len(available)} classes, {num_classes} were asked for; lower --num-classes")
+        raise InputError(
+            f"{train_dir} has {len(available)} classes, {num_classes} were asked for; lower --num-classes"
+        )
     classes = available[:num_classes]
 
     train_paths, val_paths = [], []
     annotated = read_annotations(val_dir)
     for wnid in classes:
         images = sorted(p for p in (train_dir / wnid / "images").glob("*") if p.is_file())
-        train_paths.append(take(images, train_per_class, f"training images in {train_dir / wnid}", "--train-per-class"))
+        train_paths.append(
+            take(
+                images,
+                train_per_class,
+                f"training images in {train_dir / wnid}",
+                "--train-per-class",
+            )
+        )
         images = annotated.get(wnid, [])
-        val_paths.append(take(images, val_per_class, f"validation images of class {wnid}", "--val-per-class"))
+        val_paths.append(
+            take(images, val_per_class, f"validation images of class {wnid}", "--val-per-class")
+        )
     splits = []
     for paths in (train_paths, val_paths):
         labels = [label for label, images in enumerate(paths) for _ in images]
@@ -88,15 +103,19 @@ def load(data_dir, num_classes, train_per_class, val_per_class, progress=True):
         splits.append(TinyImageNet(paths, labels, classes, progress) if paths else None)
     train, val = splits
     if train and train.images.shape[1:] != val.images.shape[1:]:
-        raise InputError(f"{data_dir}: training images are {train.images.shape[1:3]} pixels, validation images "
-                         f"{val.images.shape[1:3]}; python data/prepare.py --verify checks the data set")
+        raise InputError(
+            f"{data_dir}: training images are {train.images.shape[1:3]} pixels, validation images "
+            f"{val.images.shape[1:3]}; python data/prepare.py --verify checks the data set"
+        )
     return train, val
 
 
 def take(images, count, what, option):
     """The first `count` of `images`."""
     if len(images) < count:
-        remedy = f"lower {option}" if images else "python data/prepare.py --verify checks the data set"
+        remedy = (
+            f"lower {option}" if images else "python data/prepare.py --verify checks the data set"
+        )
         raise InputError(f"{len(images)} {what}, {count} were asked for; {remedy}")
     return images[:count]
 
@@ -108,14 +127,23 @@ def read_annotations(val_dir):
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not a text file; python data/prepare.py --zip FILE unpacks the data set again") from None
+        raise InputError(
+            f"{path} is not a text file; python data/prepare.py --zip FILE unpacks the data set again"
+        ) from None
     for number, line in enumerate(lines, 1):
         fields = line.split("\t")  # file, class, left, top, right, bottom
         if not line.strip():
             continue
-        if len(fields) != 6 or not fields[0] or not fields[1] or not all(f.strip().isdecimal() for f in fields[2:]):
-            raise InputError(f"{path}, line {number}: expected file, class and box separated by tabs, got {line[:60]!r}; "
-                             "mend the line or unpack the data set again")
+        if (
+            len(fields) != 6
+            or not fields[0]
+            or not fields[1]
+            or not all(f.strip().isdecimal() for f in fields[2:])
+        ):
+            raise InputError(
+                f"{path}, line {number}: expected file, class and box separated by tabs, got {line[:60]!r}; "
+                "mend the line or unpack the data set again"
+            )
         annotated.setdefault(fields[1], []).append(val_dir / "images" / fields[0])
     return annotated
 
@@ -125,10 +153,16 @@ def decode_one(path):
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except Exception as error:  # missing, truncated, no image: Pillow raises what its decoders happen to raise
-        reason = getattr(error, "strerror", None) or ("truncated" if "truncated" in str(error) else "not an image")
-        raise InputError(f"cannot read image {path} ({reason}); replace it, or unpack the data set again "
-                         "(python data/prepare.py --verify lists every broken file)") from None
+    except (
+        Exception
+    ) as error:  # missing, truncated, no image: Pillow raises what its decoders happen to raise
+        reason = getattr(error, "strerror", None) or (
+            "truncated" if "truncated" in str(error) else "not an image"
+        )
+        raise InputError(
+            f"cannot read image {path} ({reason}); replace it, or unpack the data set again "
+            "(python data/prepare.py --verify lists every broken file)"
+        ) from None
 
 
 def decode(paths, progress):
@@ -137,14 +171,22 @@ def decode(paths, progress):
     pool = ThreadPoolExecutor()  # Pillow decodes outside Python's lock
     try:
         decoded = pool.map(decode_one, paths)
-        bar = tqdm(decoded, total=len(paths), desc="reading images", unit="image", leave=False,
-                   disable=not progress or not sys.stderr.isatty())
+        bar = tqdm(
+            decoded,
+            total=len(paths),
+            desc="reading images",
+            unit="image",
+            leave=False,
+            disable=not progress or not sys.stderr.isatty(),
+        )
         for i, image in enumerate(bar):
             if images is None:
                 images = np.empty((len(paths), *image.shape), np.uint8)
             if image.shape != images.shape[1:]:
-                raise InputError(f"{paths[i]} is {image.shape[1]}x{image.shape[0]} pixels, the images before it are "
-                                 f"{images.shape[2]}x{images.shape[1]}; resize it")
+                raise InputError(
+                    f"{paths[i]} is {image.shape[1]}x{image.shape[0]} pixels, the images before it are "
+                    f"{images.shape[2]}x{images.shape[1]}; resize it"
+                )
             images[i] = image
     finally:
         pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the rest

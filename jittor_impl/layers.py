@@ -1,9 +1,9 @@
 """The layers that OverLoCK is built of. Shapes are (B, C, H, W) unless a comment says otherwise."""
-import fused
-from jittor_setup import jt
-from jittor import nn
-from aligned_nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, LayerNorm, Sequential
-from aligned_nn import channel_norm, grn, inferring
+
+from .aligned.functions import GRNFunction, LayerNormFunction, convolve
+from .aligned.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, sum_of_branches
+from .aligned.nn import FusedSequential as Sequential
+from .aligned.start import jt, nn
 
 # (kernel size, dilation) of the parallel branches beside a large kernel (UniRepLKNet, arXiv 2311.15599, section 3.1).
 DILATED_BRANCHES = {
@@ -59,17 +59,22 @@ class LayerScale(nn.Module):
         self.bias = jt.zeros(dim)
 
     def execute(self, x):
-        return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)  # (C, ...) -> (1, C, 1, 1)
+        return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(
+            1, -1, 1, 1
+        )  # (C, ...) -> (1, C, 1, 1)
 
 
-class LayerNorm2d(LayerNorm):
+class LayerNorm2d(nn.Module):
     """LayerNorm over the channels of each pixel."""
 
     def __init__(self, dim):
-        super().__init__(dim, eps=1e-6)
+        super().__init__()
+        self.eps = 1e-6
+        self.weight = jt.ones(dim)
+        self.bias = jt.zeros(dim)
 
     def execute(self, x):
-        return channel_norm(x, self.weight, self.bias, self.eps)
+        return LayerNormFunction.apply(x, self.weight, self.bias, self.eps)
 
 
 class GRN(nn.Module):
@@ -81,7 +86,7 @@ class GRN(nn.Module):
         self.beta = jt.zeros(1, dim, 1, 1)
 
     def execute(self, x):
-        return grn(x, self.gamma, self.beta)
+        return GRNFunction.apply(x, self.gamma, self.beta)
 
 
 class ResDWConv(Conv2d):
@@ -91,8 +96,7 @@ class ResDWConv(Conv2d):
         super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
 
     def execute(self, x):
-        self.check(x)
-        return self.depthwise(x, residual=True)
+        return convolve(x, self, super().execute, residual=True)
 
 
 def fuse_bn(conv, bn):
@@ -100,6 +104,11 @@ def fuse_bn(conv, bn):
     scale = bn.weight / jt.sqrt(bn.running_var + bn.eps)
     # scale (C,) -> (C, 1, 1, 1), as the weight (C, 1, K, K)
     return conv.weight * scale.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
+
+
+def branch_names(kernel_size, dilation):
+    """The official names of a dilated branch's convolution and BatchNorm."""
+    return f"dil_conv_k{kernel_size}_{dilation}", f"dil_bn_k{kernel_size}_{dilation}"
 
 
 class DilatedReparamBlock(nn.Module):
@@ -110,48 +119,50 @@ class DilatedReparamBlock(nn.Module):
 
     def __init__(self, dim, kernel_size, deploy):
         super().__init__()
-        self.lk_origin = Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy)
-        self.branches = () if deploy else DILATED_BRANCHES[kernel_size]
+        self.lk_origin = Conv2d(
+            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy
+        )
+        self.dilated = () if deploy else DILATED_BRANCHES[kernel_size]
         if not deploy:
             self.origin_bn = BatchNorm2d(dim)
-        for k, r in self.branches:
+        for k, r in self.dilated:
+            conv_name, bn_name = branch_names(k, r)
             conv = Conv2d(dim, dim, k, padding=r * (k // 2), dilation=r, groups=dim, bias=False)
-            setattr(self, f"dil_conv_k{k}_{r}", conv)
-            setattr(self, f"dil_bn_k{k}_{r}", BatchNorm2d(dim))
+            setattr(self, conv_name, conv)
+            setattr(self, bn_name, BatchNorm2d(dim))
+
+    def branches(self):
+        """The pairs (convolution, BatchNorm) that are summed, that of the large kernel first."""
+        pairs = [(self.lk_origin, self.origin_bn)]
+        for k, r in self.dilated:
+            conv_name, bn_name = branch_names(k, r)
+            pairs.append((getattr(self, conv_name), getattr(self, bn_name)))
+        return pairs
 
     def execute(self, x):
-        if not self.branches:
+        if not self.dilated:
             return self.lk_origin(x)
-        if inferring(self):
-            self.lk_origin.check(x)
-            names = [(f"dil_conv_k{k}_{r}", f"dil_bn_k{k}_{r}") for k, r in self.branches]
-            branches = [(getattr(self, conv), getattr(self, bn)) for conv, bn in [("lk_origin", "origin_bn"), *names]]
-            return fused.merged_depthwise(x, branches)
-        out = self.origin_bn(self.lk_origin(x))
-        for k, r in self.branches:
-            conv, bn = getattr(self, f"dil_conv_k{k}_{r}"), getattr(self, f"dil_bn_k{k}_{r}")
-            out = out + bn(conv(x))
-        return out
+        return sum_of_branches(self, x, self.branches())
 
     def merge_dilated_branches(self):
         """Merge all branches into `lk_origin`, for inference. Merging twice is harmless."""
-        if not self.branches:
+        if not self.dilated:
             return
         large_k = self.lk_origin.weight.shape[2]
-        weight, bias = fuse_bn(self.lk_origin, self.origin_bn)
-        for k, r in self.branches:
-            conv, bn = getattr(self, f"dil_conv_k{k}_{r}"), getattr(self, f"dil_bn_k{k}_{r}")
+        (conv, bn), *others = self.branches()
+        weight, bias = fuse_bn(conv, bn)
+        for (k, r), (conv, bn) in zip(self.dilated, others):
             branch_weight, branch_bias = fuse_bn(conv, bn)
             # A k x k kernel with dilation r is a dense one whose taps stand r apart around the same centre.
             reach = r * (k // 2)
             taps = slice(large_k // 2 - reach, large_k // 2 + reach + 1, r)
             weight[:, :, taps, taps] += branch_weight
             bias += branch_bias
-            delattr(self, f"dil_conv_k{k}_{r}")
-            delattr(self, f"dil_bn_k{k}_{r}")
+            for name in branch_names(k, r):
+                delattr(self, name)
         # The parameters stay the same objects: Jittor freezes new ones that are made in evaluation mode.
         self.lk_origin.weight.update(weight)
         self.lk_origin.bias = self.origin_bn.bias
         self.lk_origin.bias.update(bias)
         del self.origin_bn
-        self.branches = ()
+        self.dilated = ()

@@ -2,39 +2,54 @@
 
 Three sub-networks (paper, section 3.1):
 
-    image -> Base-Net (patch_embed1-3, blocks1-3) -+-> x, the mid-level features at stride 16
-                                                   |
-             Overview-Net (patch_embed4, blocks4) <-+-> ctx, the coarse overview of the scene at stride 32
-                                                   |
-             Focus-Net (sub_blocks3, patch_embedx, sub_blocks4): looks at x again, guided by ctx
+    image -> Base-Net (patch_embed1-3, blocks1-3) -> x, the mid-level features at stride 16
+         x -> Overview-Net (patch_embed4, blocks4) -> overview, a coarse view of the scene at stride 32
+    x, overview -> Focus-Net (sub_blocks3, patch_embedx, sub_blocks4): looks at x again, guided by the
+                   context prior ctx, which it refines on the way
+
+ctx is the paper's P_i, the context prior at block i. ctx0 is P_0, the first one, a projection of the
+overview; every block but the first mixes it in again. (The official code and the state-dict keys say h
+for both: h_proj, h_scale, high_level_proj.)
 
 Every state-dict key and shape is that of the official implementation, so its checkpoints load strictly.
 Shapes are (B, C, H, W) unless a comment says otherwise.
 """
+
 from zlib import crc32
 
 import numpy as np
-from jittor_setup import jt
-from jittor import nn
-from aligned_nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Sequential
-from aligned_nn import adaptive_avg_pool2d, interpolate
-
-from contmix import contmix
-from layers import GRN, DilatedReparamBlock, DropPath, LayerNorm2d, LayerScale, ResDWConv, SEModule
+from .aligned.functions import adaptive_avg_pool2d, interpolate
+from .aligned.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d
+from .aligned.nn import FusedSequential as Sequential
+from .aligned.start import jt, nn
+from .contmix import contmix
+from .layers import GRN, DilatedReparamBlock, DropPath, LayerNorm2d, LayerScale, ResDWConv, SEModule
 
 # Base-Net and Overview-Net have four stages, Focus-Net ("sub") two.
+# fmt: off
 VARIANTS = {
-    "overlock_xxt": dict(depth=(1, 1, 2, 1), sub_depth=(3, 1), embed_dim=(24, 48, 96, 128), kernel_size=(13, 11, 9, 7),
-                         mlp_ratio=(2, 2, 2, 2), sub_num_heads=(1, 2), sub_mlp_ratio=(2, 2), projection=256),
-    "overlock_xt": dict(depth=(2, 2, 3, 2), sub_depth=(6, 2), embed_dim=(56, 112, 256, 336), kernel_size=(17, 15, 13, 7),
-                        mlp_ratio=(4, 4, 4, 4), sub_num_heads=(4, 6), sub_mlp_ratio=(3, 3), projection=1024),
-    "overlock_t": dict(depth=(4, 4, 6, 2), sub_depth=(12, 2), embed_dim=(64, 128, 256, 512), kernel_size=(17, 15, 13, 7),
-                       mlp_ratio=(4, 4, 4, 4), sub_num_heads=(4, 8), sub_mlp_ratio=(3, 3), projection=1024),
-    "overlock_s": dict(depth=(6, 6, 8, 3), sub_depth=(16, 3), embed_dim=(64, 128, 320, 512), kernel_size=(17, 15, 13, 7),
-                       mlp_ratio=(4, 4, 4, 4), sub_num_heads=(8, 16), sub_mlp_ratio=(3, 3), projection=1024),
-    "overlock_b": dict(depth=(8, 8, 10, 4), sub_depth=(20, 4), embed_dim=(80, 160, 384, 576), kernel_size=(17, 15, 13, 7),
-                       mlp_ratio=(4, 4, 4, 4), sub_num_heads=(6, 9), sub_mlp_ratio=(3, 3), projection=1024),
+    "overlock_xxt": dict(
+        depth=(1, 1, 2, 1), sub_depth=(3, 1), embed_dim=(24, 48, 96, 128),
+        kernel_size=(13, 11, 9, 7), mlp_ratio=(2, 2, 2, 2),
+        sub_num_heads=(1, 2), sub_mlp_ratio=(2, 2), projection=256),
+    "overlock_xt": dict(
+        depth=(2, 2, 3, 2), sub_depth=(6, 2), embed_dim=(56, 112, 256, 336),
+        kernel_size=(17, 15, 13, 7), mlp_ratio=(4, 4, 4, 4),
+        sub_num_heads=(4, 6), sub_mlp_ratio=(3, 3), projection=1024),
+    "overlock_t": dict(
+        depth=(4, 4, 6, 2), sub_depth=(12, 2), embed_dim=(64, 128, 256, 512),
+        kernel_size=(17, 15, 13, 7), mlp_ratio=(4, 4, 4, 4),
+        sub_num_heads=(4, 8), sub_mlp_ratio=(3, 3), projection=1024),
+    "overlock_s": dict(
+        depth=(6, 6, 8, 3), sub_depth=(16, 3), embed_dim=(64, 128, 320, 512),
+        kernel_size=(17, 15, 13, 7), mlp_ratio=(4, 4, 4, 4),
+        sub_num_heads=(8, 16), sub_mlp_ratio=(3, 3), projection=1024),
+    "overlock_b": dict(
+        depth=(8, 8, 10, 4), sub_depth=(20, 4), embed_dim=(80, 160, 384, 576),
+        kernel_size=(17, 15, 13, 7), mlp_ratio=(4, 4, 4, 4),
+        sub_num_heads=(6, 9), sub_mlp_ratio=(3, 3), projection=1024),
 }
+# fmt: on
 
 
 def stem(in_chans, embed_dim):
@@ -63,7 +78,7 @@ def downsample(in_dim, out_dim):
 
 
 class CTXDownsample(nn.Module):
-    """Between the two stages of Focus-Net: features and overview go to half the resolution."""
+    """Between the two stages of Focus-Net: features and context prior go to half the resolution."""
 
     def __init__(self, dim, out_dim, ctx_dim):
         super().__init__()
@@ -101,14 +116,27 @@ class RepConvBlock(nn.Module):
 
 
 class DynamicConvBlock(nn.Module):
-    """The block of Focus-Net: context-mixing dynamic convolution, ContMix (paper, section 3.2).
+    """The block of Focus-Net, with ContMix, context-mixing dynamic convolution (paper, section 3.2).
 
     Half of the heads apply a dynamic kernel of `smk_size`, half one of `kernel_size`. The kernel at a pixel is
-    a mixture, by the affinity of the pixel (query) to the 7x7 regions of the overview (key), of learned kernels.
+    a mixture, by the affinity of the pixel (query) to the 7x7 regions of the context prior (key), of
+    learned kernels.
     """
 
-    def __init__(self, dim, ctx_dim, kernel_size, smk_size, num_heads, mlp_ratio, ls_init_value, drop_path,
-                 is_first, is_last, deploy):
+    def __init__(
+        self,
+        dim,
+        ctx_dim,
+        kernel_size,
+        smk_size,
+        num_heads,
+        mlp_ratio,
+        ls_init_value,
+        drop_path,
+        is_first,
+        is_last,
+        deploy,
+    ):
         super().__init__()
         out_dim = dim + ctx_dim
         mlp_dim = int(dim * mlp_ratio)
@@ -171,14 +199,18 @@ class DynamicConvBlock(nn.Module):
         self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value)
         self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value)
         self.drop_path = DropPath(drop_path)
-        self.rpb1 = jt.zeros(self.num_heads, 2 * smk_size - 1, 2 * smk_size - 1)
-        self.rpb2 = jt.zeros(self.num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
+        small, large = 2 * smk_size - 1, 2 * kernel_size - 1
+        self.rpb1 = jt.zeros(self.num_heads, small, small)
+        self.rpb2 = jt.zeros(self.num_heads, large, large)
 
-    def execute(self, x, h_x, h_r):
-        """x (B, dim, H, W) features, h_x (B, ctx_dim, H, W) running and h_r initial overview -> new x, h_x."""
+    def execute(self, x, ctx, ctx0):
+        """Features x (B, dim, H, W), context prior ctx and the first one ctx0 (B, ctx_dim, H, W).
+
+        Returns new x and ctx; the last block of all no ctx.
+        """
         if not self.is_first:
-            h_x = self.x_scale(h_x) + self.h_scale(h_r)
-        x_f = self.dwconv1(jt.cat([x, h_x], dim=1))  # (B, dim + ctx_dim, H, W)
+            ctx = self.x_scale(ctx) + self.h_scale(ctx0)
+        x_f = self.dwconv1(jt.cat([x, ctx], dim=1))  # (B, dim + ctx_dim, H, W)
         identity = x_f
         x_f = self.norm1(x_f)
         x = self.fusion(x_f)  # (B, dim, H, W)
@@ -199,8 +231,9 @@ class DynamicConvBlock(nn.Module):
         H, W = x.shape[2:]
         h, w = self.dynamic_conv_size(H, W)
         if (h, w) != (H, W):
-            x = interpolate(x, size=(h, w), mode="bilinear", align_corners=False)  # (B, dim, h, w)
-            x_f = interpolate(x_f, size=(h, w), mode="bilinear", align_corners=False)  # (B, dim + ctx_dim, h, w)
+            # (B, dim, H, W) -> (B, dim, h, w), (B, dim + ctx_dim, H, W) -> (B, dim + ctx_dim, h, w)
+            x = interpolate(x, size=(h, w), mode="bilinear", align_corners=False)
+            x_f = interpolate(x_f, size=(h, w), mode="bilinear", align_corners=False)
 
         query, key = jt.split(x_f, self.dims, dim=1)  # (B, dim, h, w), (B, ctx_dim, h, w)
         query = self.weight_query(query) * self.scale  # (B, dim/2, h, w)
@@ -221,18 +254,38 @@ class OverLoCK(nn.Module):
     """The whole network. `depth` to `projection` are a row of VARIANTS.
 
     Training mode returns dict(main=logits, aux=logits of the Overview-Net), evaluation the main logits;
-    (B, num_classes) each. num_classes=0 leaves both classifiers out and returns the pooled features. `seed` is that
-    of the initial weights, `deploy` builds the form that `reparam` makes.
+    (B, num_classes) each. num_classes=0 leaves both classifiers out and returns the pooled features.
+    `seed` is that of the initial weights, `deploy` builds the form that `reparam` makes.
     `feature_dims` are the channels of what `features` returns.
     """
 
-    def __init__(self, depth, sub_depth, embed_dim, kernel_size, mlp_ratio, sub_num_heads, sub_mlp_ratio, projection,
-                 in_chans=3, num_classes=1000, ls_init_value=(None, None, 1, 1), smk_size=5, drop_path_rate=0.0,
-                 deploy=False, seed=0):
+    def __init__(
+        self,
+        depth,
+        sub_depth,
+        embed_dim,
+        kernel_size,
+        mlp_ratio,
+        sub_num_heads,
+        sub_mlp_ratio,
+        projection,
+        in_chans=3,
+        num_classes=1000,
+        ls_init_value=(None, None, 1, 1),
+        smk_size=5,
+        drop_path_rate=0.0,
+        deploy=False,
+        seed=0,
+    ):
         super().__init__()
         ctx_dim = embed_dim[3] // 4
         self.num_classes = num_classes
-        self.feature_dims = (embed_dim[0], embed_dim[1], embed_dim[2] + ctx_dim, embed_dim[3] + ctx_dim)
+        self.feature_dims = (
+            embed_dim[0],
+            embed_dim[1],
+            embed_dim[2] + ctx_dim,
+            embed_dim[3] + ctx_dim,
+        )
         drop_path = iter(np.linspace(0, drop_path_rate, sum(depth) + sum(sub_depth)).tolist())
 
         self.patch_embed1 = stem(in_chans, embed_dim[0])
@@ -241,17 +294,29 @@ class OverLoCK(nn.Module):
         self.patch_embed4 = downsample(embed_dim[2], embed_dim[3])
         self.high_level_proj = Conv2d(embed_dim[3], ctx_dim, kernel_size=1)
         self.patch_embedx = CTXDownsample(embed_dim[2], embed_dim[3], ctx_dim)
-        for i in range(4):
-            setattr(self, f"blocks{i + 1}", nn.ModuleList([
-                RepConvBlock(embed_dim[i], kernel_size[i], mlp_ratio[i], ls_init_value[i], next(drop_path), deploy)
-                for _ in range(depth[i])]))
-        for i in (2, 3):
-            last = sub_depth[i - 2] - 1
-            setattr(self, f"sub_blocks{i + 1}", nn.ModuleList([
-                DynamicConvBlock(embed_dim[i], ctx_dim, kernel_size[i], smk_size, sub_num_heads[i - 2],
-                                 sub_mlp_ratio[i - 2], ls_init_value[i], next(drop_path),
-                                 is_first=i == 2 and j == 0, is_last=i == 3 and j == last, deploy=deploy)
-                for j in range(last + 1)]))
+
+        def base_stage(i):
+            settings = embed_dim[i], kernel_size[i], mlp_ratio[i], ls_init_value[i]
+            blocks = [RepConvBlock(*settings, next(drop_path), deploy) for _ in range(depth[i])]
+            return nn.ModuleList(blocks)
+
+        def focus_stage(i):
+            heads, ratio, last = sub_num_heads[i - 2], sub_mlp_ratio[i - 2], sub_depth[i - 2] - 1
+            kernels, blocks = (kernel_size[i], smk_size), nn.ModuleList()
+            for j in range(last + 1):
+                settings = *kernels, heads, ratio, ls_init_value[i], next(drop_path)
+                place = dict(is_first=(i, j) == (2, 0), is_last=(i, j) == (3, last))
+                blocks.append(
+                    DynamicConvBlock(embed_dim[i], ctx_dim, *settings, **place, deploy=deploy)
+                )
+            return blocks
+
+        self.blocks1 = base_stage(0)
+        self.blocks2 = base_stage(1)
+        self.blocks3 = base_stage(2)
+        self.blocks4 = base_stage(3)
+        self.sub_blocks3 = focus_stage(2)
+        self.sub_blocks4 = focus_stage(3)
         self.aux_head = Sequential(
             BatchNorm2d(embed_dim[3]),
             AdaptiveAvgPool2d(1),
@@ -267,9 +332,10 @@ class OverLoCK(nn.Module):
         self.init_weights(seed)
 
     def init_weights(self, seed):
-        """Draw every convolution's weight from N(0, 0.02²), by NumPy and by its name: the same bits in any framework.
+        """Draw every convolution's weight from N(0, 0.02²).
 
-        The official trunc_normal_(std=.02) cuts at +-2, 100 standard deviations away, which is no cut at all.
+        By NumPy and by its name: the same bits in any framework. The official trunc_normal_(std=.02)
+        cuts at +-2, 100 standard deviations away, which is no cut at all.
         Norms, LayerScale, GRN and position biases keep the constants of their constructors.
         """
         for name, module in self.named_modules():
@@ -281,13 +347,13 @@ class OverLoCK(nn.Module):
                     module.bias.update(jt.zeros_like(module.bias))
 
     def reparam(self):
-        """Merge the dilated branches of every block. Outputs in evaluation mode stay equal (up to rounding)."""
+        """Merge the dilated branches of every block; outputs in evaluation mode stay equal."""
         for module in self.modules():
             if isinstance(module, DilatedReparamBlock):
                 module.merge_dilated_branches()
 
     def stages(self, x):
-        """(B, in_chans, H, W) -> the maps at stride 4, 8, 16 and 32, and the overview at stride 32."""
+        """(B, in_chans, H, W) -> the maps at stride 4, 8, 16 and 32, and the overview."""
         x1 = self.patch_embed1(x)  # (B, embed_dim[0], H/4, W/4)
         for block in self.blocks1:
             x1 = block(x1)
@@ -301,15 +367,18 @@ class OverLoCK(nn.Module):
         for block in self.blocks4:
             overview = block(overview)
 
-        h_r = self.high_level_proj(overview)  # (B, ctx_dim, H/32, W/32)
-        h_up = interpolate(h_r, size=x3.shape[2:], mode="bilinear", align_corners=False)  # (B, ctx_dim, H/16, W/16)
-        h_x = h_up
+        ctx0 = self.high_level_proj(overview)  # (B, ctx_dim, H/32, W/32)
+        # (B, ctx_dim, H/32, W/32) -> (B, ctx_dim, H/16, W/16), the size of x3
+        ctx0_at_16 = interpolate(ctx0, size=x3.shape[2:], mode="bilinear", align_corners=False)
+        ctx = ctx0_at_16
         for block in self.sub_blocks3:
-            x3, h_x = block(x3, h_x, h_up)
-        x4, h_x4 = self.patch_embedx(x3, h_x)
+            x3, ctx = block(x3, ctx, ctx0_at_16)
+        x4, ctx4 = self.patch_embedx(
+            x3, ctx
+        )  # (B, embed_dim[3], H/32, W/32), (B, ctx_dim, H/32, W/32)
         for block in self.sub_blocks4:
-            x4, h_x4 = block(x4, h_x4, h_r)
-        return x1, x2, jt.cat([x3, h_x], dim=1), x4, overview
+            x4, ctx4 = block(x4, ctx4, ctx0)
+        return x1, x2, jt.cat([x3, ctx], dim=1), x4, overview
 
     def features(self, x):
         """The four maps that a detector or a segmenter builds on: (B, feature_dims[i], H/2**(i+2), W/2**(i+2))."""
@@ -320,7 +389,8 @@ class OverLoCK(nn.Module):
         main = self.head(x).flatten(1)  # (B, num_classes, 1, 1) -> (B, num_classes)
         if not self.training:
             return main
-        return dict(main=main, aux=self.aux_head(overview).flatten(1))  # (B, num_classes) both
+        # (B, num_classes, 1, 1) -> (B, num_classes)
+        return dict(main=main, aux=self.aux_head(overview).flatten(1))
 
 
 def overlock_xxt(**kwargs):

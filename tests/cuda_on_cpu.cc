@@ -1,5 +1,5 @@
-// Runs the CUDA kernels on a CPU, for every type, and compares them with the CPU kernels: prints the largest relative error of
-// each and exits with status 1 if one is beyond rounding.
+// Runs the CUDA kernels on a CPU, for every type, and compares them with the CPU kernels: prints the largest relative
+// error of each and exits with status 1 if one is beyond rounding.
 #include "cuda_on_cpu.h"
 #include <random>
 
@@ -92,12 +92,15 @@ static void depthwise(int B, int C, int H, int W, int K, int dilation) {
     Result<T> y(size), grad_weight(C * K * K), grad_bias(C);
     std::vector<float> partial((size_t)chunks * C * (K * K + 1), NAN);
     for (const bool backward : {false, true}) {
-        overlock::depthwise(x.f(), weight.f(), backward ? nullptr : bias.f(), y.f(), B, C, H, W, K, dilation, true, backward);
-        overlock::depthwise<T>(x, weight, backward ? (const T*)nullptr : bias, y, B, C, H, W, K, dilation, true, backward, 0);
+        overlock::depthwise(x.f(), weight.f(), backward ? nullptr : bias.f(), y.f(),
+                            B, C, H, W, K, dilation, true, backward);
+        overlock::depthwise<T>(x, weight, backward ? (const T*)nullptr : bias, y,
+                               B, C, H, W, K, dilation, true, backward, 0);
         y.compare(backward ? "grad_x" : "y");
     }
     overlock::depthwise_grad_weight(x.f(), grad_y.f(), grad_weight.f(), grad_bias.f(), B, C, H, W, K, dilation);
-    overlock::depthwise_grad_weight<T>(x, grad_y, grad_weight, grad_bias, partial.data(), B, C, H, W, K, dilation, chunks, 0);
+    overlock::depthwise_grad_weight<T>(x, grad_y, grad_weight, grad_bias, partial.data(),
+                                       B, C, H, W, K, dilation, chunks, 0);
     grad_weight.compare("grad_weight");
     grad_bias.compare("grad_bias");
 }
@@ -106,7 +109,8 @@ template <typename T>
 static void na2d_av(int N, int H, int W, int K, int dim) {
     const int channels[] = {overlock::choose_tiling(N, H, W, K, dim, overlock::windows_of).channels,
                             overlock::choose_tiling(N, H, W, K, dim, overlock::queries_of).channels};
-    std::printf("na2d_av %dx%dx%dx%d, kernel %d, tiled by %d and %d channels\n", N, H, W, dim, K, channels[0], channels[1]);
+    std::printf("na2d_av %dx%dx%dx%d, kernel %d, tiled by %d and %d channels\n",
+                N, H, W, dim, K, channels[0], channels[1]);
     const size_t pixels = (size_t)N * H * W;
     const auto attn = normal<T>(pixels * K * K), value = normal<T>(pixels * dim), grad_out = normal<T>(pixels * dim);
     Result<T> out(pixels * dim), grad_attn(pixels * K * K);
@@ -126,7 +130,8 @@ template <typename T, typename Param>
 static void norms(int B, int C, int P, int chunks, float mean) {
     std::printf("norms %dx%dx%d in %d chunks, mean %g\n", B, C, P, chunks, mean);
     const size_t size = (size_t)B * C * P;
-    // A mean is off by half a unit in the last place at least, relative to the spread; sums of float32 add several of them.
+    // A mean is off by half a unit in the last place at least, relative to the spread;
+    // sums of float32 add several of them.
     const double limit = 5e-6 + 20 * mean * 1.2e-7;
     const auto x = normal<T>(size, mean), grad_y = normal<T>(size);
     const auto weight = normal<Param>(C), bias = normal<Param>(C);
@@ -136,17 +141,17 @@ static void norms(int B, int C, int P, int chunks, float mean) {
     std::vector<float> scratch((size_t)(chunks + 1) * C * 2, NAN);
     {
         Result<float> m(C), inv(C), new_mean(C), new_var(C);
-        overlock::batch_norm(x.f(), weight.f(), bias.f(), old_mean.f(), old_var.f(), y.f(), m.f(), inv.f(), new_mean.f(),
-                             new_var.f(), B, C, P, 1e-5, 0.1);
-        overlock::batch_norm<T, Param>(x, weight, bias, old_mean, old_var, y, m, inv, new_mean, new_var, scratch.data(), B, C, P,
-                                       1e-5, 0.1, chunks, 0);
+        overlock::batch_norm(x.f(), weight.f(), bias.f(), old_mean.f(), old_var.f(), y.f(), m.f(), inv.f(),
+                             new_mean.f(), new_var.f(), B, C, P, 1e-5, 0.1);
+        overlock::batch_norm<T, Param>(x, weight, bias, old_mean, old_var, y, m, inv, new_mean, new_var,
+                                       scratch.data(), B, C, P, 1e-5, 0.1, chunks, 0);
         y.compare("batch_norm y", limit);
         new_mean.compare("running mean");
         new_var.compare("running variance");
         overlock::batch_norm_backward(x.f(), weight.f(), m.f(), inv.f(), grad_y.f(), grad_x.f(), grad_weight.f(),
                                       grad_bias.f(), B, C, P);
-        overlock::batch_norm_backward<T, Param>(x, weight, m, inv, grad_y, grad_x, grad_weight, grad_bias, scratch.data(),
-                                                B, C, P, chunks, 0);
+        overlock::batch_norm_backward<T, Param>(x, weight, m, inv, grad_y, grad_x, grad_weight, grad_bias,
+                                                scratch.data(), B, C, P, chunks, 0);
         grad_x.compare("batch_norm grad_x", limit);
         grad_weight.compare("batch_norm grad_weight", limit);
         grad_bias.compare("batch_norm grad_bias");
@@ -179,7 +184,8 @@ static void grn(int B, int C, int P) {
     overlock::grn<T, Param>(x, gamma, beta, y, norms, images.data(), B, C, P, 0);
     y.compare("y");
     overlock::grn_backward(x.f(), gamma.f(), norms.f(), grad_y.f(), y.f(), grad_gamma.f(), grad_beta.f(), B, C, P);
-    overlock::grn_backward<T, Param>(x, gamma, norms, grad_y, y, grad_gamma, grad_beta, dots.data(), images.data(), B, C, P, 0);
+    overlock::grn_backward<T, Param>(x, gamma, norms, grad_y, y, grad_gamma, grad_beta, dots.data(), images.data(),
+                                     B, C, P, 0);
     y.compare("grad_x");
     grad_gamma.compare("grad_gamma");
     grad_beta.compare("grad_beta");

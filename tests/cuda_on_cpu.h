@@ -1,6 +1,6 @@
-// Runs CUDA kernels on a CPU: include it before the kernels. The threads of a block are fibers of one thread of the CPU; each
-// runs to the next __syncthreads(), then the next one does. `last_first` turns the order of threads and blocks round: what
-// comes out the same in both orders waits for no other thread's work without a barrier between.
+// Runs CUDA kernels on a CPU: include it before the kernels. The threads of a block are fibers of one thread of the
+// CPU; each runs to the next __syncthreads(), then the next one does. `last_first` turns the order of threads and
+// blocks round: what comes out the same in both orders waits for no other thread's work without a barrier between.
 #pragma once
 #include <ucontext.h>
 #include <algorithm>

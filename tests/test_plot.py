@@ -1,4 +1,5 @@
 """plot.py: what it draws, what it prints, and that bad input costs one line and no figure."""
+
 import os
 import shutil
 import subprocess
@@ -15,12 +16,12 @@ import plot  # noqa: E402
 
 HEADER = "train_loss,train_loss_aux,epoch_time,val_loss,acc_top1,acc_top5\n"
 # The first epochs of the published logs.
-JITTOR = HEADER + """\
+JITTOR = f"""{HEADER}\
 3.789837599,2.675556898,12.2,3.180020571,0.143,0.401
 3.548468828,2.48734498,13.5,3.097186089,0.181,0.496
 3.442003965,2.40073967,13.1,2.446536779,0.232,0.585
 """
-TORCH = HEADER + """\
+TORCH = f"""{HEADER}\
 3.6473939418792725,2.6227355003356934,5.4,2.5119848251342773,0.222,0.578
 3.308242082595825,2.3962020874023438,6.2,2.297287702560425,0.299,0.655
 3.0759079456329346,2.248555898666382,6.4,2.1816532611846924,0.342,0.695
@@ -59,12 +60,16 @@ def run_main(monkeypatch, *arguments):
 
 
 def run_script(*arguments, script=ROOT / "plot.py", **environment):
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True,
-                          env={**os.environ, **environment})
+    command = [sys.executable, script, *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def assert_fails(tmp_path, *arguments, says, **environment):
-    """Run on the logs in tmp_path, expect one line on stderr with all of `says` in it, and no file touched."""
+    """Run on the logs in tmp_path and expect it to fail.
+
+    One line on stderr has all of `says` in it, and no file is touched.
+    """
     figure = tmp_path / "training_metrics.png"
     figure.write_bytes(b"the earlier figure")
     before = sorted(tmp_path.rglob("*"))
@@ -83,9 +88,15 @@ def test_panels_hold_the_columns(tmp_path):
     write_logs(tmp_path, JITTOR, TORCH)
     aux, main, top1, top5 = figure_of(tmp_path).axes
     texts = {"Jittor": JITTOR, "PyTorch": TORCH}
-    assert curves(aux) == {f"{name}, training": column(text, "train_loss_aux") for name, text in texts.items()}
-    assert curves(top1) == {f"{name}, validation": column(text, "acc_top1") for name, text in texts.items()}
-    assert curves(top5) == {f"{name}, validation": column(text, "acc_top5") for name, text in texts.items()}
+    assert curves(aux) == {
+        f"{name}, training": column(text, "train_loss_aux") for name, text in texts.items()
+    }
+    assert curves(top1) == {
+        f"{name}, validation": column(text, "acc_top1") for name, text in texts.items()
+    }
+    assert curves(top5) == {
+        f"{name}, validation": column(text, "acc_top5") for name, text in texts.items()
+    }
     assert len(main.lines) == 4
     for name, text in texts.items():
         assert curves(main)[f"{name}, validation"] == column(text, "val_loss")
@@ -98,8 +109,11 @@ def test_a_moved_run_is_a_thin_third_line(tmp_path):
     (tmp_path / "log_torch_moved.csv").write_text(TORCH)
     figure = figure_of(tmp_path)
     for axes in figure.axes:
-        jittor, _, moved = axes.lines[::len(axes.lines) // 3]
-        assert moved.get_label().startswith("PyTorch, moved, ") and moved.get_linewidth() < jittor.get_linewidth()
+        jittor, _, moved = axes.lines[:: len(axes.lines) // 3]
+        assert (
+            moved.get_label().startswith("PyTorch, moved, ")
+            and moved.get_linewidth() < jittor.get_linewidth()
+        )
     assert "moved" not in figure.get_suptitle()
     (tmp_path / "log_torch_moved.csv").unlink()  # and without it nothing is amiss
     logs, notes = plot.read_logs(tmp_path)
@@ -124,14 +138,18 @@ def test_main_loss_is_derived_where_the_log_lacks_it(tmp_path):
 
 
 def luminance(color):
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(color)]
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in matplotlib.colors.to_rgb(color)
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_identical_runs_stay_two_visible_curves(tmp_path):
     write_logs(tmp_path, JITTOR, JITTOR)
     for axes in figure_of(tmp_path).axes:
-        for jittor, torch in zip(axes.lines[:len(axes.lines) // 2], axes.lines[len(axes.lines) // 2:]):
+        half = len(axes.lines) // 2
+        for jittor, torch in zip(axes.lines[:half], axes.lines[half:]):
             assert list(jittor.get_ydata()) == list(torch.get_ydata())
             assert jittor.get_zorder() > torch.get_zorder()
             assert jittor.get_linewidth() < torch.get_linewidth() / 2
@@ -156,18 +174,21 @@ def test_axes_are_labelled_and_the_legend_is_outside(tmp_path):
     units = [axes.get_ylabel() for axes in figure.axes]
     assert units == ["cross-entropy (nats)"] * 2 + ["accuracy (fraction)"] * 2
     assert [axes.get_xlabel() for axes in figure.axes] == ["epoch"] * 4
-    assert figure.get_suptitle() == "Final top-1 accuracy: Jittor 0.232 (epoch 3), PyTorch 0.342 (epoch 3)"
+    title = figure.get_suptitle()
+    assert title == "Final top-1 accuracy: Jittor 0.232 (epoch 3), PyTorch 0.342 (epoch 3)"
     figure.draw_without_rendering()
-    legend, = figure.legends
+    (legend,) = figure.legends
     assert len(legend.get_texts()) == 4
-    assert not any(legend.get_window_extent().overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
 
 
 def test_one_log_alone(tmp_path):
     write_logs(tmp_path, torch=TORCH)
     figure = figure_of(tmp_path)
     assert [len(axes.lines) for axes in figure.axes] == [1, 2, 1, 1]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["PyTorch, training", "PyTorch, validation"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["PyTorch, training", "PyTorch, validation"]
     assert plot.read_logs(tmp_path)[1][0] == "no log.csv"
 
 
@@ -182,7 +203,11 @@ def test_a_single_epoch_is_visible(tmp_path):
     write_logs(tmp_path, "".join(JITTOR.splitlines(True)[:2]))
     for axes in figure_of(tmp_path).axes:
         for line in axes.lines:
-            assert len(line.get_ydata()) == 1 and line.get_marker() in "os" and line.get_markersize() > 2
+            assert (
+                len(line.get_ydata()) == 1
+                and line.get_marker() in "os"
+                and line.get_markersize() > 2
+            )
 
 
 def test_a_run_without_a_finished_epoch_is_left_out(tmp_path, monkeypatch, capsys):
@@ -193,28 +218,34 @@ def test_a_run_without_a_finished_epoch_is_left_out(tmp_path, monkeypatch, capsy
 
 
 def test_a_diverged_run_is_drawn(tmp_path, monkeypatch, capsys):
-    write_logs(tmp_path, JITTOR + "3.3,2.3,12.6,2.4,0.24,0.6\n", TORCH + "nan,nan,6.1,inf,0.05,0.25\n")
+    jittor, torch = JITTOR + "3.3,2.3,12.6,2.4,0.24,0.6\n", TORCH + "nan,nan,6.1,inf,0.05,0.25\n"
+    write_logs(tmp_path, jittor, torch)
     run_main(monkeypatch, "--logs", tmp_path)
-    assert "main loss nan (epoch 4) in training, inf (epoch 4) in validation" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "main loss nan (epoch 4) in training, inf (epoch 4) in validation" in output
 
 
 def test_summary(tmp_path, monkeypatch, capsys):
     write_logs(tmp_path, OURS, OURS.replace("0.4,0.75,2.125", "0.1,0.75,2.0"))
     run_main(monkeypatch, "--logs", tmp_path)
-    assert capsys.readouterr().out == f"""\
+    expected = f"""\
 Jittor after epoch 2: top-1 0.400 (best 0.400), top-5 0.750 (best 0.750), 2.5 minutes in all
 PyTorch after epoch 2: top-1 0.100 (best 0.200), top-5 0.750 (best 0.750), 2.5 minutes in all
 Largest gap: main loss 0.125 (epoch 2) in training, 0 (epoch 1) in validation, top-1 0.3 (epoch 2)
 Figure: {tmp_path / "training_metrics.png"}
 """
+    assert capsys.readouterr().out == expected
 
 
-@pytest.mark.parametrize("name, magic", [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("A.SVG", b"<?xml")])
+@pytest.mark.parametrize(
+    "name, magic", [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("A.SVG", b"<?xml")]
+)
 def test_format_follows_the_extension(tmp_path, monkeypatch, name, magic):
     write_logs(tmp_path, JITTOR, TORCH)
     run_main(monkeypatch, "--logs", tmp_path, "--output", tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(magic)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["log.csv", "log_torch.csv", name])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(["log.csv", "log_torch.csv", name])
 
 
 def test_default_folder_is_beside_the_script_and_no_display_is_needed(tmp_path):
@@ -240,19 +271,33 @@ def test_a_failed_write_keeps_the_earlier_figure(tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
-@pytest.mark.parametrize("jittor, says", [
-    (None, ["nothing to draw", "no log.csv, no log_torch.csv; train"]),
-    (HEADER, ["nothing to draw", "no finished epoch in log.csv, no log_torch.csv; train"]),
-    ("", ["log.csv is empty"]),
-    ("step,loss,val_loss\n1,2,3\n",
-     ["log.csv is not", "no column train_loss, train_loss_aux, epoch_time, acc_top1, acc_top5"]),
-    (JITTOR.replace("2.48734498", "oops"), ["log.csv line 3, column train_loss_aux: 'oops' is not a number;"]),
-    (OURS.replace("2.25,", ","), ["log.csv line 2, column train_loss_main: '' is not a number;"]),
-    (JITTOR + "3.32,2.3", ["log.csv line 5 has 2 cells, the header 6;"]),
-    (JITTOR + "1,2,3,4,5,6,7\n", ["log.csv line 5 has 7 cells, the header 6;"]),
-    (bytes(range(256)) * 8, ["log.csv is not a text file;"]),
-    (b"\0" * 64, ["log.csv"]),
-])
+@pytest.mark.parametrize(
+    "jittor, says",
+    [
+        (None, ["nothing to draw", "no log.csv, no log_torch.csv; train"]),
+        (HEADER, ["nothing to draw", "no finished epoch in log.csv, no log_torch.csv; train"]),
+        ("", ["log.csv is empty"]),
+        (
+            "step,loss,val_loss\n1,2,3\n",
+            [
+                "log.csv is not",
+                "no column train_loss, train_loss_aux, epoch_time, acc_top1, acc_top5",
+            ],
+        ),
+        (
+            JITTOR.replace("2.48734498", "oops"),
+            ["log.csv line 3, column train_loss_aux: 'oops' is not a number;"],
+        ),
+        (
+            OURS.replace("2.25,", ","),
+            ["log.csv line 2, column train_loss_main: '' is not a number;"],
+        ),
+        (JITTOR + "3.32,2.3", ["log.csv line 5 has 2 cells, the header 6;"]),
+        (JITTOR + "1,2,3,4,5,6,7\n", ["log.csv line 5 has 7 cells, the header 6;"]),
+        (bytes(range(256)) * 8, ["log.csv is not a text file;"]),
+        (b"\0" * 64, ["log.csv"]),
+    ],
+)
 def test_bad_logs(tmp_path, jittor, says):
     write_logs(tmp_path, jittor)
     assert_fails(tmp_path, says=says)
@@ -269,15 +314,19 @@ def test_a_log_that_cannot_be_read(tmp_path):
 
 
 def test_missing_folder(tmp_path):
-    assert_fails(tmp_path, "--logs", tmp_path / "line\nbreak", says=["line break is not a folder; give --logs"])
+    folder = tmp_path / "line\nbreak"
+    assert_fails(tmp_path, "--logs", folder, says=["line break is not a folder; give --logs"])
 
 
-@pytest.mark.parametrize("name, says", [
-    ("metrics.jpg", "metrics.jpg; end --output in .png, .pdf or .svg"),
-    ("metrics", "metrics; end --output in .png, .pdf or .svg"),
-    ("nowhere/metrics.png", "cannot write"),
-    ("log.csv/metrics.png", "cannot write"),
-])
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("metrics.jpg", "metrics.jpg; end --output in .png, .pdf or .svg"),
+        ("metrics", "metrics; end --output in .png, .pdf or .svg"),
+        ("nowhere/metrics.png", "cannot write"),
+        ("log.csv/metrics.png", "cannot write"),
+    ],
+)
 def test_unusable_output(tmp_path, name, says):
     write_logs(tmp_path, JITTOR, TORCH)
     assert_fails(tmp_path, "--output", tmp_path / name, says=[name, says])
@@ -289,6 +338,11 @@ def test_unknown_option(tmp_path):
 
 def test_missing_matplotlib(tmp_path):
     write_logs(tmp_path, JITTOR, TORCH)
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(\"No module named 'matplotlib'\")\n")
-    assert_fails(tmp_path, PYTHONPATH=str(tmp_path), PYTHONDONTWRITEBYTECODE="1",
-                 says=["No module named 'matplotlib'; run pip install -r requirements-torch.txt"])
+    code = "raise ModuleNotFoundError(\"No module named 'matplotlib'\")\n"
+    (tmp_path / "matplotlib.py").write_text(code)
+    assert_fails(
+        tmp_path,
+        PYTHONPATH=str(tmp_path),
+        PYTHONDONTWRITEBYTECODE="1",
+        says=["No module named 'matplotlib'; run pip install -r requirements-torch.txt"],
+    )

@@ -1,4 +1,8 @@
-"""data/prepare.py, run through its command line, with small archives and a web server on this machine."""
+"""data/prepare.py, run through its command line.
+
+Small archives and a web server on this machine stand for the official ones.
+"""
+
 import hashlib
 import importlib.util
 import re
@@ -26,15 +30,21 @@ SMALL = ["--sample-classes", "3", "--sample-train", "8", "--sample-val", "2"]
 
 def run_script(*args, **options):
     """Run prepare.py in a process of its own."""
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, **options)
+    command = [sys.executable, SCRIPT, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 @pytest.fixture
 def run(capsys):
-    """Run prepare.py in this process, which takes a tenth of the time; the result is that of run_script()."""
+    """Run prepare.py in this process, which takes a tenth of the time.
+
+    The result is that of run_script().
+    """
+
     def call(*args):
         status = prepare.main(list(map(str, args)))
         return subprocess.CompletedProcess(args, status, *capsys.readouterr())
+
     return call
 
 
@@ -48,7 +58,8 @@ def assert_error(result, *words):
 
 def contents(folder):
     """{relative path: bytes} of all files in a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="session")
@@ -82,16 +93,20 @@ def archive(files, tmp_path):
 
 # The command line
 
-@pytest.mark.parametrize("args, words", [
-    (["--frobnicate"], ["--frobnicate"]),
-    (["--zip"], ["--zip"]),
-    (["--sample", "--verify"], ["--sample", "--verify"]),
-    (["--sample", "--sample-classes", "11"], ["--sample-classes"]),
-    (["--sample", "--sample-train", "0"], ["--sample-train", "less than 1"]),
-    (["--sample", "--sample-val", "two"], ["--sample-val", "two"]),
-    (["--sample", "--seed", "-1"], ["--seed", "less than 0"]),
-    (["--verify", "--seed", "1"], ["--seed", "--sample"]),
-])
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--frobnicate"], ["--frobnicate"]),
+        (["--zip"], ["--zip"]),
+        (["--sample", "--verify"], ["--sample", "--verify"]),
+        (["--sample", "--sample-classes", "11"], ["--sample-classes"]),
+        (["--sample", "--sample-train", "0"], ["--sample-train", "less than 1"]),
+        (["--sample", "--sample-val", "two"], ["--sample-val", "two"]),
+        (["--sample", "--seed", "-1"], ["--seed", "less than 0"]),
+        (["--verify", "--seed", "1"], ["--seed", "--sample"]),
+    ],
+)
 def test_wrong_command_is_one_line(run, args, words, tmp_path):
     assert_error(run(*args, "--output", tmp_path / "set"), "--help", *words)
     assert not list(tmp_path.iterdir())
@@ -99,9 +114,11 @@ def test_wrong_command_is_one_line(run, args, words, tmp_path):
 
 # --sample
 
+
 def test_sample_depends_on_the_seed_alone(run, files, tmp_path):
     for seed in (0, 1):
-        assert run("--sample", *SMALL, "--seed", seed, "--output", tmp_path / str(seed)).returncode == 0
+        result = run("--sample", *SMALL, "--seed", seed, "--output", tmp_path / str(seed))
+        assert result.returncode == 0
     assert contents(tmp_path / "0") == files
     other = contents(tmp_path / "1")
     images = [name for name in files if name.endswith(".JPEG")]
@@ -111,13 +128,15 @@ def test_sample_depends_on_the_seed_alone(run, files, tmp_path):
 
 def test_sample_has_the_layout_of_the_real_set(run, tmp_path):
     folder = tmp_path / "set"
-    result = run("--sample", "--sample-classes", 10, "--sample-train", 16, "--sample-val", 2, "--output", folder)
-    assert result.stdout.splitlines()[-1] == f"{folder}: 10 classes, 160 training, 20 validation images"
+    sizes = ["--sample-classes", 10, "--sample-train", 16, "--sample-val", 2]
+    *_, last = run("--sample", *sizes, "--output", folder).stdout.splitlines()
+    assert last == f"{folder}: 10 classes, 160 training, 20 validation images"
     wnids = (folder / "wnids.txt").read_text().split()
     names = dict(line.split("\t") for line in (folder / "words.txt").read_text().splitlines())
     assert len(set(wnids)) == 10 and list(names) == wnids and len(set(names.values())) == 10
     assert sorted(path.name for path in (folder / "train").iterdir()) == wnids
-    labels = [line.split("\t")[1] for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
+    annotations = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+    labels = [line.split("\t")[1] for line in annotations]
     assert Counter(labels) == dict.fromkeys(wnids, 2)
     modes = Counter()
     for path in folder.rglob("*.JPEG"):
@@ -128,7 +147,10 @@ def test_sample_has_the_layout_of_the_real_set(run, tmp_path):
 
 
 def test_sample_classes_share_colours_and_differ_in_shape():
-    """Mean colour must vary within every class, and each box must hold the shape: it differs from its ground."""
+    """Mean colour must vary within every class.
+
+    Each box must hold the shape, which differs from its ground.
+    """
     for shape in prepare.SHAPES.values():
         means = []
         for number in range(8):
@@ -136,19 +158,23 @@ def test_sample_classes_share_colours_and_differ_in_shape():
             pixels = np.asarray(image, np.float64)
             means.append(pixels.mean((0, 1)))
             assert 0 <= left < right < 64 and 0 <= top < bottom < 64
-            inside = pixels[top:bottom + 1, left:right + 1]
+            inside = pixels[top : bottom + 1, left : right + 1]
             assert inside.std((0, 1)).mean() > 10
         assert np.ptp(means, axis=0).min() > 40
 
 
 # --zip
 
+
 def test_zip_round_trip(files, archive, tmp_path):
     result = run_script("--zip", "set.zip", "--output", "new/set", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert contents(tmp_path / "new" / "set") == files
-    assert result.stdout.splitlines() == ["unpacking ...", "unpacking: done",
-                                          f"{tmp_path}/new/set: 3 classes, 24 training, 6 validation images"]
+    assert result.stdout.splitlines() == [
+        "unpacking ...",
+        "unpacking: done",
+        f"{tmp_path}/new/set: 3 classes, 24 training, 6 validation images",
+    ]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["set"]
 
 
@@ -156,7 +182,8 @@ def test_zip_round_trip(files, archive, tmp_path):
 def test_existing_folder_is_left_alone(run, task, archive, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "precious").write_text("mine")
-    assert_error(run(*[task, archive][:1 + (task == "--zip")], "--output", tmp_path / "set"), "exists", "remove")
+    command = [task, archive] if task == "--zip" else [task]
+    assert_error(run(*command, "--output", tmp_path / "set"), "exists", "remove")
     assert contents(tmp_path / "set") == {"precious": b"mine"}
 
 
@@ -167,37 +194,45 @@ def member(name, mode=0):
     return info
 
 
-@pytest.mark.parametrize("info", [
-    member("/tmp/evil"),
-    member("../evil"),
-    member("evil"),
-    member("tiny-imagenet-200"),
-    member("tiny-imagenet-200/../../evil"),
-    member("tiny-imagenet-200/.. /evil"),
-    member("tiny-imagenet-200//evil"),
-    member("tiny-imagenet-200/../../evil/"),
-    member("C:/evil"),
-    member("tiny-imagenet-200/C:/evil"),
-    member("tiny-imagenet-200\\evil"),
-    member("tiny-imagenet-200/..\\..\\evil"),
-    member("tiny-imagenet-200/evil\0.JPEG"),
-    member("tiny-imagenet-200/link", 0o120777),
-    member("tiny-imagenet-200/fifo", 0o010644),
-], ids=lambda info: info.filename.encode("unicode_escape").decode())
+@pytest.mark.parametrize(
+    "info",
+    [
+        member("/tmp/evil"),
+        member("../evil"),
+        member("evil"),
+        member("tiny-imagenet-200"),
+        member("tiny-imagenet-200/../../evil"),
+        member("tiny-imagenet-200/.. /evil"),
+        member("tiny-imagenet-200//evil"),
+        member("tiny-imagenet-200/../../evil/"),
+        member("C:/evil"),
+        member("tiny-imagenet-200/C:/evil"),
+        member("tiny-imagenet-200\\evil"),
+        member("tiny-imagenet-200/..\\..\\evil"),
+        member("tiny-imagenet-200/evil\0.JPEG"),
+        member("tiny-imagenet-200/link", 0o120777),
+        member("tiny-imagenet-200/fifo", 0o010644),
+    ],
+    ids=lambda info: info.filename.encode("unicode_escape").decode(),
+)
 def test_escaping_member_is_refused_by_name(run, info, archive, tmp_path):
     with zipfile.ZipFile(archive, "a") as file:
         file.writestr(info, "/etc/passwd")
-    assert_error(run("--zip", archive, "--output", tmp_path / "sub" / "set"), repr(info.filename), "not a plain file")
+    result = run("--zip", archive, "--output", tmp_path / "sub" / "set")
+    assert_error(result, repr(info.filename), "not a plain file")
     assert list(tmp_path.iterdir()) == [archive]
 
 
-@pytest.mark.parametrize("lost, said", [
-    ("words.txt", "words.txt is missing"),
-    ("val/val_annotations.txt", "val_annotations.txt is missing"),
-    ("val/images/val_3.JPEG", "val_3.JPEG"),
-    ("train/n00000002/images/n00000002_5.JPEG", "n00000002_5.JPEG"),
-    ("train/n00000002/n00000002_boxes.txt", "n00000002_boxes.txt"),
-])
+@pytest.mark.parametrize(
+    "lost, said",
+    [
+        ("words.txt", "words.txt is missing"),
+        ("val/val_annotations.txt", "val_annotations.txt is missing"),
+        ("val/images/val_3.JPEG", "val_3.JPEG"),
+        ("train/n00000002/images/n00000002_5.JPEG", "n00000002_5.JPEG"),
+        ("train/n00000002/n00000002_boxes.txt", "n00000002_boxes.txt"),
+    ],
+)
 def test_incomplete_archive_is_refused(run, lost, said, files, tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as file:
         for name, data in files.items():
@@ -209,16 +244,19 @@ def test_incomplete_archive_is_refused(run, lost, said, files, tmp_path):
 
 def flip_a_byte(data):
     start = data.index(b"JFIF")  # stored without compression, so this lies inside a member
-    return data[:start] + b"j" + data[start + 1:]
+    return data[:start] + b"j" + data[start + 1 :]
 
 
-@pytest.mark.parametrize("damage, said", [
-    (flip_a_byte, "CRC"),
-    (lambda data: data[:len(data) // 2], "not a zip file"),
-    (lambda data: b"<html>Moved</html>", "not a zip file"),
-    (lambda data: b"", "not a zip file"),
-    (lambda data: data[1000:], "damaged"),
-])
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (flip_a_byte, "CRC"),
+        (lambda data: data[: len(data) // 2], "not a zip file"),
+        (lambda data: b"<html>Moved</html>", "not a zip file"),
+        (lambda data: b"", "not a zip file"),
+        (lambda data: data[1000:], "damaged"),
+    ],
+)
 def test_damaged_archive(run, damage, said, files, tmp_path):
     archive = tmp_path / "set.zip"
     with zipfile.ZipFile(archive, "w") as file:
@@ -238,18 +276,22 @@ def test_member_that_comes_twice(run, archive, tmp_path):
 
 def test_error_is_one_line_whatever_it_quotes(run, tmp_path):
     (tmp_path / "two\nlines.zip").write_bytes(b"")
-    assert_error(run("--zip", tmp_path / "two\nlines.zip", "--output", tmp_path / "set"), "two lines.zip")
+    result = run("--zip", tmp_path / "two\nlines.zip", "--output", tmp_path / "set")
+    assert_error(result, "two lines.zip")
 
 
 def test_missing_archive_and_unusable_output(run, archive, tmp_path):
-    assert_error(run("--zip", tmp_path / "no.zip", "--output", tmp_path / "set"), "no.zip", "No such file")
+    result = run("--zip", tmp_path / "no.zip", "--output", tmp_path / "set")
+    assert_error(result, "no.zip", "No such file")
     assert_error(run("--zip", archive, "--output", archive / "set"), str(archive))
 
 
 def test_full_disk(archive, tmp_path):
     """A limit on the size of a file stands for a full disk: both make write() fail."""
+
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+
     result = run_script("--zip", archive, "--output", tmp_path / "set", preexec_fn=limit)
     assert_error(result, "File too large", "free space")
     assert list(tmp_path.iterdir()) == [archive]
@@ -259,7 +301,8 @@ def stopped_unpacking(archive, tmp_path, signal_number):
     """Run --zip in a process that sends itself a signal before it writes its third file."""
     code = f"""
 import importlib.util, itertools, os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background of a shell ignores it
+# A test run in the background of a shell ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 spec = importlib.util.spec_from_file_location("prepare", {str(SCRIPT)!r})
 prepare = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(prepare)
@@ -276,7 +319,7 @@ sys.exit(prepare.main(["--zip", {str(archive)!r}, "--output", {str(tmp_path / "s
 
 def test_killed_unpacking_leaves_no_half_set_and_is_cleaned_up(run, files, archive, tmp_path):
     assert stopped_unpacking(archive, tmp_path, signal.SIGKILL).returncode == -signal.SIGKILL
-    leftover, = set(tmp_path.iterdir()) - {archive}
+    (leftover,) = set(tmp_path.iterdir()) - {archive}
     assert len(contents(leftover)) == 3
     assert run("--zip", archive, "--output", tmp_path / "set").returncode == 0
     assert contents(tmp_path / "set") == files
@@ -298,6 +341,7 @@ def test_bar_on_a_terminal(run, archive, tmp_path, monkeypatch):
 
 
 # --verify
+
 
 def test_verify_counts(run, folder):
     result = run("--verify", "--output", folder)
@@ -322,19 +366,37 @@ def test_verify_names_every_broken_image(run, folder):
     assert "4 broken" in result.stdout
 
 
-@pytest.mark.parametrize("name, old, new, said", [
-    ("val/val_annotations.txt", "val_4.JPEG", "val_99.JPEG", "val_4.JPEG"),
-    ("val/val_annotations.txt", "val_4.JPEG\tn00000002", "val_4.JPEG\tn00000009", "n00000009"),
-    ("val/val_annotations.txt", "val_4.JPEG\t", "val_4.JPEG ", "line 5"),
-    ("val/val_annotations.txt", "val_4.JPEG", "val_3.JPEG", "val_4.JPEG"),
-    ("val/val_annotations.txt", "val_4.JPEG", "val_3.JPEG\tn00000001\t0\t0\t9\t9\nval_4.JPEG", "repeats"),
-    ("val/val_annotations.txt", "n00000002", "n00000001", "n00000002"),
-    ("train/n00000003/n00000003_boxes.txt", "n00000003_1.JPEG", "n00000003_77.JPEG", "n00000003_77.JPEG"),
-    ("train/n00000003/n00000003_boxes.txt", "n00000003_1.JPEG\t", "n00000003_1.JPEG\tx", "line 2"),
-    ("wnids.txt", "n00000002\n", "", "n00000002"),
-    ("wnids.txt", "n00000002", "n00000002\nn00000002", "repeats"),
-    ("words.txt", "n00000002", "n00000007", "n00000002"),
-])
+@pytest.mark.parametrize(
+    "name, old, new, said",
+    [
+        ("val/val_annotations.txt", "val_4.JPEG", "val_99.JPEG", "val_4.JPEG"),
+        ("val/val_annotations.txt", "val_4.JPEG\tn00000002", "val_4.JPEG\tn00000009", "n00000009"),
+        ("val/val_annotations.txt", "val_4.JPEG\t", "val_4.JPEG ", "line 5"),
+        ("val/val_annotations.txt", "val_4.JPEG", "val_3.JPEG", "val_4.JPEG"),
+        (
+            "val/val_annotations.txt",
+            "val_4.JPEG",
+            "val_3.JPEG\tn00000001\t0\t0\t9\t9\nval_4.JPEG",
+            "repeats",
+        ),
+        ("val/val_annotations.txt", "n00000002", "n00000001", "n00000002"),
+        (
+            "train/n00000003/n00000003_boxes.txt",
+            "n00000003_1.JPEG",
+            "n00000003_77.JPEG",
+            "n00000003_77.JPEG",
+        ),
+        (
+            "train/n00000003/n00000003_boxes.txt",
+            "n00000003_1.JPEG\t",
+            "n00000003_1.JPEG\tx",
+            "line 2",
+        ),
+        ("wnids.txt", "n00000002\n", "", "n00000002"),
+        ("wnids.txt", "n00000002", "n00000002\nn00000002", "repeats"),
+        ("words.txt", "n00000002", "n00000007", "n00000002"),
+    ],
+)
 def test_verify_checks_the_lists(run, name, old, new, said, folder):
     text = (folder / name).read_text()
     assert old in text
@@ -355,8 +417,10 @@ def test_verify_without_a_data_set(run, tmp_path):
 
 # Download
 
+
 class Server(ThreadingHTTPServer):
     """Serves `data`; `ranges` collects the Range headers; `stop_after` bytes it hangs up."""
+
     data, ranges, honours_range, stop_after, status = b"", None, True, None, None
 
 
@@ -364,7 +428,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         wanted = self.headers["Range"]
         self.server.ranges.append(wanted)
-        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and self.server.honours_range else 0
+        start = 0
+        if wanted and self.server.honours_range:
+            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
         body = self.server.data[start:]
         if self.server.status or wanted and not body:
             self.send_error(self.server.status or 416)
@@ -372,7 +438,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[:self.server.stop_after])
+        self.wfile.write(body[: self.server.stop_after])
 
     def log_message(self, *args):
         pass
@@ -384,7 +450,8 @@ def server(archive, monkeypatch):
     server = Server(("127.0.0.1", 0), Handler)
     server.data, server.ranges = archive.read_bytes(), []
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(prepare, "URL", f"http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip")
+    url = f"http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip"
+    monkeypatch.setattr(prepare, "URL", url)
     monkeypatch.setattr(prepare, "MD5", hashlib.md5(server.data).hexdigest())
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -396,7 +463,10 @@ def server(archive, monkeypatch):
 
 @pytest.fixture
 def download(run, tmp_path):
-    """Run the form without arguments to tmp_path/new/set, where the archive's part file then lies, too."""
+    """Run the form without arguments to tmp_path/new/set.
+
+    The archive's part file then lies in tmp_path/new, too.
+    """
     (tmp_path / "new").mkdir()
     return lambda: run("--output", tmp_path / "new" / "set")
 
@@ -413,13 +483,17 @@ def test_download(server, download, part, files):
     assert contents(part.parent) == {f"set/{name}": data for name, data in files.items()}
     assert server.ranges == [None]
     again = download()
-    assert again.returncode == 0 and again.stdout.startswith("already there: ") and len(server.ranges) == 1
+    assert (
+        again.returncode == 0
+        and again.stdout.startswith("already there: ")
+        and len(server.ranges) == 1
+    )
 
 
 def test_broken_download_is_resumed(server, download, part, files):
     server.stop_after = len(server.data) // 2
     assert_error(download(), "broke off", "run the same command again")
-    assert part.read_bytes() == server.data[:server.stop_after]
+    assert part.read_bytes() == server.data[: server.stop_after]
     server.stop_after = None
     assert download().returncode == 0
     assert server.ranges == [None, f"bytes={len(server.data) // 2}-"]

@@ -1,7 +1,8 @@
 """The layers that OverLoCK is built of. Shapes are (B, C, H, W) unless a comment says otherwise."""
+
 import torch
 from torch import nn
-from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, LayerNorm, Sequential
+from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Sequential
 from torch.nn.functional import layer_norm
 
 # (kernel size, dilation) of the parallel branches beside a large kernel (UniRepLKNet, arXiv 2311.15599, section 3.1).
@@ -58,19 +59,21 @@ class LayerScale(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
-        return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)  # (C, ...) -> (1, C, 1, 1)
+        return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(
+            1, -1, 1, 1
+        )  # (C, ...) -> (1, C, 1, 1)
 
 
-class LayerNorm2d(LayerNorm):
+class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of each pixel."""
 
     def __init__(self, dim):
         super().__init__(dim, eps=1e-6)
 
     def forward(self, x):
-        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         x = layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)  # (B, C, H, W)
+        return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 
 class GRN(nn.Module):
@@ -82,9 +85,14 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
 
     def forward(self, x):
-        # As vector_norm, which is slow on channels-last maps: where a channel is 0, its norm's gradient is 0, not NaN.
-        wide = x.float() if x.dtype == torch.float16 else x  # where 1e-30 is 0 and 256 * 256 infinite
-        gx = torch.sqrt(torch.clamp((wide * wide).sum((2, 3), keepdim=True), min=1e-30)).to(x.dtype)  # (B, C, 1, 1)
+        # As vector_norm, which is slow on channels-last maps: where a channel is 0,
+        # its norm's gradient is 0, not NaN.
+        wide = (
+            x.float() if x.dtype == torch.float16 else x
+        )  # where 1e-30 is 0 and 256 * 256 infinite
+        gx = torch.sqrt(torch.clamp((wide * wide).sum((2, 3), keepdim=True), min=1e-30)).to(
+            x.dtype
+        )  # (B, C, 1, 1)
         nx = gx / (gx.mean(dim=1, keepdim=True) + 1e-6)
         return (self.gamma * nx + 1) * x + self.beta
 
@@ -106,6 +114,11 @@ def fuse_bn(conv, bn):
     return conv.weight * scale.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
 
 
+def branch_names(kernel_size, dilation):
+    """The official names of a dilated branch's convolution and BatchNorm."""
+    return f"dil_conv_k{kernel_size}_{dilation}", f"dil_bn_k{kernel_size}_{dilation}"
+
+
 class DilatedReparamBlock(nn.Module):
     """A large depthwise kernel and parallel dilated small ones (UniRepLKNet), each with its BatchNorm, summed.
 
@@ -114,43 +127,54 @@ class DilatedReparamBlock(nn.Module):
 
     def __init__(self, dim, kernel_size, deploy):
         super().__init__()
-        self.lk_origin = Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy)
-        self.branches = () if deploy else DILATED_BRANCHES[kernel_size]
+        self.lk_origin = Conv2d(
+            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy
+        )
+        self.dilated = () if deploy else DILATED_BRANCHES[kernel_size]
         if not deploy:
             self.origin_bn = BatchNorm2d(dim)
-        for k, r in self.branches:
+        for k, r in self.dilated:
+            conv_name, bn_name = branch_names(k, r)
             conv = Conv2d(dim, dim, k, padding=r * (k // 2), dilation=r, groups=dim, bias=False)
-            setattr(self, f"dil_conv_k{k}_{r}", conv)
-            setattr(self, f"dil_bn_k{k}_{r}", BatchNorm2d(dim))
+            setattr(self, conv_name, conv)
+            setattr(self, bn_name, BatchNorm2d(dim))
+
+    def branches(self):
+        """The pairs (convolution, BatchNorm) that are summed, that of the large kernel first."""
+        pairs = [(self.lk_origin, self.origin_bn)]
+        for k, r in self.dilated:
+            conv_name, bn_name = branch_names(k, r)
+            pairs.append((getattr(self, conv_name), getattr(self, bn_name)))
+        return pairs
 
     def forward(self, x):
-        if not self.branches:
+        if not self.dilated:
             return self.lk_origin(x)
-        out = self.origin_bn(self.lk_origin(x))
-        for k, r in self.branches:
-            conv, bn = getattr(self, f"dil_conv_k{k}_{r}"), getattr(self, f"dil_bn_k{k}_{r}")
+        (conv, bn), *others = self.branches()
+        out = bn(conv(x))
+        for conv, bn in others:
             out = out + bn(conv(x))
         return out
 
     @torch.no_grad()
     def merge_dilated_branches(self):
         """Merge all branches into `lk_origin`, for inference. Merging twice is harmless."""
-        if not self.branches:
+        if not self.dilated:
             return
         large_k = self.lk_origin.weight.shape[2]
-        weight, bias = fuse_bn(self.lk_origin, self.origin_bn)
-        for k, r in self.branches:
-            conv, bn = getattr(self, f"dil_conv_k{k}_{r}"), getattr(self, f"dil_bn_k{k}_{r}")
+        (conv, bn), *others = self.branches()
+        weight, bias = fuse_bn(conv, bn)
+        for (k, r), (conv, bn) in zip(self.dilated, others):
             branch_weight, branch_bias = fuse_bn(conv, bn)
             # A k x k kernel with dilation r is a dense one whose taps stand r apart around the same centre.
             reach = r * (k // 2)
             taps = slice(large_k // 2 - reach, large_k // 2 + reach + 1, r)
             weight[:, :, taps, taps] += branch_weight
             bias += branch_bias
-            delattr(self, f"dil_conv_k{k}_{r}")
-            delattr(self, f"dil_bn_k{k}_{r}")
+            for name in branch_names(k, r):
+                delattr(self, name)
         self.lk_origin.weight.copy_(weight)
         self.lk_origin.bias = self.origin_bn.bias
         self.lk_origin.bias.copy_(bias)
         del self.origin_bn
-        self.branches = ()
+        self.dilated = ()

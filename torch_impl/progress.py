@@ -1,4 +1,5 @@
 """What a run prints while an epoch is under way: a tqdm bar on a terminal, a few plain lines in a file or a pipe."""
+
 import sys
 import time
 
@@ -18,7 +19,9 @@ class Progress:
     def __init__(self, title, images, shown):
         on_terminal = sys.stderr.isatty()
         self.title, self.images, self.seen = title, images, 0
-        self.bar = tqdm(total=images, desc=title, unit="image", leave=False, disable=not (shown and on_terminal))
+        self.bar = tqdm(
+            total=images, desc=title, unit="image", leave=False, disable=not (shown and on_terminal)
+        )
         self.plain = shown and not on_terminal
         self.start = time.perf_counter()
         self.next_line = images / 5
@@ -32,7 +35,9 @@ class Progress:
             self.next_line += self.images / 5
             rate = self.seen / (time.perf_counter() - self.start)
             left = (self.images - self.seen) / rate
-            say(f"{self.title}: {self.seen}/{self.images} images, loss {loss:.3f}, {rate:.0f} images/s, {left:.0f} s left")
+            say(
+                f"{self.title}: {self.seen}/{self.images} images, loss {loss:.3f}, {rate:.0f} images/s, {left:.0f} s left"
+            )
 
     def __enter__(self):
         return self

@@ -3,6 +3,7 @@
 A .pth file is a pickle, and unpickling runs what the file says. This reader builds tensors, containers and
 numbers; any other class in the file, such as the argparse.Namespace that timm saves, becomes an empty object.
 """
+
 import io
 import pickle
 import zipfile
@@ -10,8 +11,17 @@ from collections import OrderedDict
 
 import numpy as np
 
-DTYPES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "LongStorage": "<i8",
-          "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "<i1", "ByteStorage": "<u1", "BoolStorage": "?"}
+DTYPES = {
+    "FloatStorage": "<f4",
+    "DoubleStorage": "<f8",
+    "HalfStorage": "<f2",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "<i1",
+    "ByteStorage": "<u1",
+    "BoolStorage": "?",
+}
 
 
 class Opaque:
@@ -38,7 +48,7 @@ def read(path):
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
-            folder = name[:-len("data.pkl")]
+            folder = name[: -len("data.pkl")]
 
             class Unpickler(pickle.Unpickler):
                 def find_class(self, module, name):

@@ -1,8 +1,10 @@
-"""Train OverLoCK on TinyImageNet in PyTorch. `python torch_impl/train.py -b 64` is the published experiment.
+"""Train OverLoCK on TinyImageNet in PyTorch.
 
-Writes log_torch.csv, log_torch.txt, last_torch.safetensors and best_torch.safetensors into --output (logs/).
-jittor_impl/train.py is the same program in Jittor: the same options, weights, batches and files.
+`python torch_impl/train.py -b 64` is the published experiment. It writes log_torch.csv, log_torch.txt,
+last_torch.safetensors and best_torch.safetensors into --output (logs/). jittor_impl/train.py is the
+same program in Jittor: the same options, weights, batches and files.
 """
+
 import argparse
 import json
 import platform
@@ -10,27 +12,34 @@ import shlex
 import signal
 import sys
 import time
-from itertools import count
 from pathlib import Path
 
 import numpy as np
+
+if not __package__:  # run as a file: the folder around it becomes a package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = Path(__file__).resolve().parent.name
+    __import__(__package__)
+
 import torch
 from torch.nn.functional import cross_entropy
-
-import models
-import ops
-from checkpoint import load_model, load_optimizer, read_checkpoint, save_checkpoint, trainable, write_atomic
-from dataset import InputError, load
-from progress import Progress, say
+from torch.optim import AdamW
+from . import models
+from .checkpoint import load_model, load_optimizer, read_checkpoint, save_checkpoint, trainable
+from .dataset import load
+from .errors import InputError, stop
+from .kernels import backend
+from .progress import Progress, say
+from .run_files import RunFiles, epoch_line
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORK = "PyTorch"
 SUFFIX = "_torch"
-COLUMNS = ("train_loss", "train_loss_aux", "epoch_time", "val_loss", "acc_top1", "acc_top5",
-           "train_loss_main", "images_per_second", "epoch")
 # A resumed run continues the stopped one only if these are the same.
-RUN_ARGUMENTS = ("model", "num_classes", "train_per_class", "val_per_class", "batch_size", "aux_loss_ratio", "lr",
-                 "weight_decay", "seed")
+RUN_ARGUMENTS = (
+    *("model", "num_classes", "train_per_class", "val_per_class", "batch_size"),
+    *("aux_loss_ratio", "lr", "weight_decay", "seed"),
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -40,41 +49,66 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def number(kind, minimum, exclusive=False):
     """An argparse type: `kind` (int or float), at least `minimum`, or above it if exclusive."""
+
     def parse(text):
         value = kind(text)
         if not minimum <= value < float("inf") or exclusive and value == minimum:
             bound = f"{'above' if exclusive else 'at least'} {minimum}"
-            raise argparse.ArgumentTypeError(f"must be a {'' if kind is int else 'finite '}number {bound}, got {text}")
+            what = f"{'' if kind is int else 'finite '}number {bound}"
+            raise argparse.ArgumentTypeError(f"must be a {what}, got {text}")
         return value
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse says "invalid whole number value"
+
+    # argparse says "invalid whole number value"
+    parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
 def make_parser():
-    parser = ArgumentParser(prog="train.py", description=f"Train OverLoCK on TinyImageNet in {FRAMEWORK}.",
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(
+        prog="train.py",
+        description=f"Train OverLoCK on TinyImageNet in {FRAMEWORK}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
-    add("-b", "--batch-size", type=number(int, 1), default=64, help="images per step")
+    count, path = number(int, 1), dict(type=Path, metavar="CHECKPOINT")
+    data_dir = ROOT / "data" / "tiny-imagenet-200"
+    add("-b", "--batch-size", type=count, default=64, help="images per step")
     add("--aux-loss-ratio", type=number(float, 0), default=0.4, help="weight of the auxiliary loss")
-    add("--epochs", type=number(int, 1), default=20, help="epochs in all, those before --resume included")
-    add("--lr", type=number(float, 0, exclusive=True), default=1e-3, help="learning rate of AdamW, constant")
+    add("--epochs", type=count, default=20, help="epochs in all, those before --resume included")
+    add("--lr", type=number(float, 0, True), default=1e-3, help="learning rate of AdamW, constant")
     add("--weight-decay", type=number(float, 0), default=0.01, help="weight decay of AdamW")
     add("--model", choices=sorted(models.VARIANTS), default="overlock_xxt", help="variant")
-    add("--data-dir", type=Path, default=ROOT / "data" / "tiny-imagenet-200", help="a folder laid out like TinyImageNet")
-    add("--num-classes", type=number(int, 1), default=20, help="use the first classes in sorted order")
-    add("--train-per-class", type=number(int, 1), default=500, help="training images of each class")
-    add("--val-per-class", type=number(int, 1), default=50, help="validation images of each class")
-    add("--seed", type=number(int, 0), default=0, help="of initial weights, order of images and flips")
+    add("--data-dir", type=Path, default=data_dir, help="a folder laid out like TinyImageNet")
+    add("--num-classes", type=count, default=20, help="use the first classes in sorted order")
+    add("--train-per-class", type=count, default=500, help="training images of each class")
+    add("--val-per-class", type=count, default=50, help="validation images of each class")
+    add(
+        "--seed",
+        type=number(int, 0),
+        default=0,
+        help="of initial weights, order of images and flips",
+    )
     add("--output", type=Path, default=ROOT / "logs", help="folder for logs and checkpoints")
-    add("--init", type=Path, metavar="CHECKPOINT", help="start from these weights: ours, or an official .pth")
-    add("--resume", type=Path, metavar="CHECKPOINT", nargs="?", const=Path(),
-        help=f"continue a stopped run, by default from last{SUFFIX}.safetensors in --output")
-    add("--evaluate", type=Path, metavar="CHECKPOINT", help="only measure this checkpoint on the validation images")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one")
+    add("--init", **path, help="start from these weights: ours, or an official .pth")
+    last = f"last{SUFFIX}.safetensors"
+    add(
+        "--resume",
+        **path,
+        nargs="?",
+        const=Path(),
+        help=f"continue a stopped run, by default from {last} in --output",
+    )
+    add("--evaluate", **path, help="only measure this checkpoint on the validation images")
+    devices = ("auto", "cpu", "cuda")
+    add("--device", choices=devices, default="auto", help="auto takes the GPU if there is one")
+    add(
+        "--na2d",
+        choices=backend.BACKENDS,
+        default="auto",
+        help="who computes na2d_av: NATTEN, our dense product, our Triton kernels, or auto: on a GPU "
+        "NATTEN if built for it, else Triton for large maps; else dense",
+    )
     add("--no-progress", action="store_true", help="print one line per epoch and nothing between")
-    add("--na2d", choices=ops.BACKENDS, default="auto",
-        help="who computes na2d_av: NATTEN, our dense product, our Triton kernels, or auto: on a GPU NATTEN if built for it, "
-        "else Triton for large maps; else dense")
     return parser
 
 
@@ -99,19 +133,53 @@ def resume_command(args):
 def choose_device(args):
     """Settle args.device. Returns its name for the log."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("PyTorch sees no CUDA GPU; give --device cpu")
+        missing = "PyTorch sees no CUDA GPU"
+        raise InputError(f"{missing}; give --device cpu")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        backend.set_na2d_backend(args.na2d, args.device)
+    except ValueError as error:
+        raise InputError(f"--na2d {args.na2d}: {error}") from None
     if args.device == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def make_model(args):
+    """The model of `args`, with its initial weights, on args.device."""
+    variant = models.VARIANTS[args.model]
+    model = models.OverLoCK(**variant, num_classes=args.num_classes, seed=args.seed)
+    # Channels last: PyTorch's convolutions are faster so, on a CPU as on a GPU.
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
 def make_optimizer(model, args):
     """AdamW with every hyper-parameter spelled out: the frameworks' defaults differ."""
-    parameters = list(trainable(model).values())
-    return torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay,
-                             foreach=True)
+    numbers = dict(lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay)
+    # foreach: a few operators over all tensors instead of a few for each.
+    return AdamW(list(trainable(model).values()), **numbers, foreach=True)
+
+
+def losses(output, labels, args):
+    """The loss that is trained, main + ratio * aux, and both parts of it; labels (n,)."""
+    labels = torch.from_numpy(labels).to(args.device)
+    main = cross_entropy(output["main"], labels)
+    aux = cross_entropy(output["aux"], labels)
+    return main + args.aux_loss_ratio * aux, main, aux
+
+
+def training_step(model, optimizer, images, labels, args):
+    """One step of AdamW on a batch of NumPy arrays, images (n, 3, H, W) and labels (n,).
+
+    Returns the main and the auxiliary loss before the step, as numbers.
+    """
+    images = torch.from_numpy(images).to(args.device, memory_format=torch.channels_last)
+    loss, main, aux = losses(model(images), labels, args)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return main.item(), aux.item()
 
 
 def diverged(what, epoch, step):
@@ -121,102 +189,44 @@ def diverged(what, epoch, step):
 
 
 def train_one_epoch(model, optimizer, data, args, epoch):
-    """One pass over `data`. Returns the means over its images: {"train_loss", "train_loss_aux", "train_loss_main"}."""
+    """One pass over `data`. Returns the means over its images of the losses, as the log names them."""
     model.train()
     total_main = total_aux = seen = 0
-    with Progress(f"epoch {epoch}/{args.epochs}", len(data), not args.no_progress) as progress:
-        for step, (images, labels) in enumerate(data.batches(args.batch_size, args.seed, epoch), 1):
-            images = torch.from_numpy(images).to(args.device, memory_format=torch.channels_last)
-            labels = torch.from_numpy(labels).to(args.device)
-            output = model(images)
-            main = cross_entropy(output["main"], labels)
-            aux = cross_entropy(output["aux"], labels)
+    title = f"epoch {epoch}/{args.epochs}"
+    with Progress(title, len(data), not args.no_progress) as progress:
+        batches = data.batches(args.batch_size, args.seed, epoch)
+        for step, (images, labels) in enumerate(batches, 1):
+            main, aux = training_step(model, optimizer, images, labels, args)
             loss = main + args.aux_loss_ratio * aux
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            main, aux = main.item(), aux.item()
-            if not np.isfinite(main + aux):
-                raise diverged(f"the loss is {main + args.aux_loss_ratio * aux}", epoch, step)
+            if not np.isfinite(loss):
+                raise diverged(f"the loss is {loss}", epoch, step)
             n = len(labels)
             total_main, total_aux, seen = total_main + main * n, total_aux + aux * n, seen + n
-            progress.update(n, main + args.aux_loss_ratio * aux)
+            progress.update(n, loss)
     main, aux = total_main / seen, total_aux / seen
-    return dict(train_loss=main + args.aux_loss_ratio * aux, train_loss_aux=aux, train_loss_main=main)
+    train_loss = main + args.aux_loss_ratio * aux
+    return dict(train_loss=train_loss, train_loss_aux=aux, train_loss_main=main)
 
 
 @torch.no_grad()
 def evaluate(model, data, args):
-    """Main head on `data`: {"val_loss": mean cross entropy, "acc_top1", "acc_top5": fractions}."""
+    """Main head on `data`: {"val_loss": mean cross entropy, "acc_top1", "acc_top5": fractions}.
+
+    Loss and ranks in NumPy and float64: what is measured is then the same function in both frameworks.
+    """
     model.eval()
     loss = top1 = top5 = 0
     for images, labels in data.batches(args.batch_size):
         images = torch.from_numpy(images).to(args.device, memory_format=torch.channels_last)
         logits = model(images).cpu().numpy().astype(np.float64)  # (n, classes)
         logits -= logits.max(1, keepdims=True)
-        target = logits[np.arange(len(labels)), labels][:, None]  # (n, 1)
+        target = logits[np.arange(len(labels)), labels][:, None]  # (n,) -> (n, 1)
         loss += (np.log(np.exp(logits).sum(1)) - target[:, 0]).sum()
         # Written with "not below", so that a NaN never counts as right.
         rank = (~(logits < target)).sum(1)  # (n,), 1 is best
         top1, top5 = top1 + (rank <= 1).sum(), top5 + (rank <= 5).sum()
-    return dict(val_loss=float(loss) / len(data), acc_top1=int(top1) / len(data), acc_top5=int(top5) / len(data))
-
-
-class RunFiles:
-    """The files of one run in --output."""
-
-    def __init__(self, output):
-        self.output = output
-        self.csv, self.text = output / f"log{SUFFIX}.csv", output / f"log{SUFFIX}.txt"
-        self.last, self.best = output / f"last{SUFFIX}.safetensors", output / f"best{SUFFIX}.safetensors"
-        self.started = False  # whether self.last, if it exists, is of the run under way
-
-    def check_writable(self):
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            probe = self.output / f".write{SUFFIX}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(f"cannot write to {self.output} ({error.strerror}); give another --output") from None
-
-    def set_aside(self):
-        """Move an earlier run's files to previous-1/, previous-2/, ...: a new run overwrites nothing.
-
-        The other framework's run beside it goes to the same folder, so the pairs stay together.
-        """
-        files = (self.csv, self.text, self.last, self.best)
-        earlier = [path for path in files if path.exists()]
-        if earlier:
-            folders = (self.output / f"previous-{number}" for number in count(1))
-            folder = next(f for f in folders if not any((f / path.name).exists() for path in files))
-            folder.mkdir(exist_ok=True)
-            for path in earlier:
-                path.rename(folder / path.name)
-            say(f"the files of an earlier run were moved to {folder}")
-
-    def log(self, line):
-        """A line on the screen and in the text log."""
-        say(line)
-        with open(self.text, "a", encoding="utf-8") as f:
-            f.write(line + "\n")
-
-    def log_history(self, history, epochs):
-        """Log the epochs that a killed run finished, but had no time to log."""
-        text = self.text.read_text(encoding="utf-8") if self.text.exists() else ""
-        for row in history:
-            if f"epoch {row['epoch']}/" not in text:
-                self.log(epoch_line(row, epochs))
-
-    def write_csv(self, history):
-        rows = [COLUMNS] + [[repr(row[column]) for column in COLUMNS] for row in history]
-        write_atomic(self.csv, "".join(",".join(row) + "\n" for row in rows).encode())
-
-
-def epoch_line(row, epochs):
-    return (f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f} (main {row['train_loss_main']:.4f}, "
-            f"aux {row['train_loss_aux']:.4f}), val loss {row['val_loss']:.4f}, top-1 {row['acc_top1']:.4f}, "
-            f"top-5 {row['acc_top5']:.4f}, {row['epoch_time']:.2f} min, {row['images_per_second']:.0f} images/s")
+    n = len(data)
+    return dict(val_loss=float(loss) / n, acc_top1=int(top1) / n, acc_top5=int(top5) / n)
 
 
 def check_resumable(run, args, path):
@@ -225,58 +235,67 @@ def check_resumable(run, args, path):
         raise InputError(f"{path} has weights only; use it with --init")
     for name in RUN_ARGUMENTS:
         if run["args"].get(name) != getattr(args, name):
-            option = f"--{name.replace('_', '-')} {run['args'].get(name)}"
-            raise InputError(f"the run in {path} was started with {option}; give that too, or start anew with --init")
+            started = f"--{name.replace('_', '-')} {run['args'].get(name)}"
+            remedy = "give that too, or start anew with --init"
+            raise InputError(f"the run in {path} was started with {started}; {remedy}")
     if run["epoch"] >= args.epochs:
-        raise InputError(f"the run in {path} has done its {run['epoch']} epochs; give a larger --epochs to go on")
+        done = f"has done its {run['epoch']} epochs"
+        raise InputError(f"the run in {path} {done}; give a larger --epochs to go on")
 
 
 def check_last_batch(train, batch_size):
-    """BatchNorm needs two values per channel: raise InputError if the last batch has one image, and that one pixel."""
-    pixels = int(np.prod([-(-size // 32) for size in train.images.shape[1:3]]))  # of the map at stride 32
+    """BatchNorm needs two values per channel: no last batch of one image with one pixel at stride 32."""
+    pixels = int(np.prod([-(-size // 32) for size in train.images.shape[1:3]]))
     if (len(train) - 1) % batch_size == 0 and pixels == 1:
-        raise InputError("the last batch would be a single small image, too little for BatchNorm; "
-                         "change --batch-size or --train-per-class")
+        raise InputError(
+            "the last batch would be a single small image, too little for BatchNorm; "
+            "change --batch-size or --train-per-class"
+        )
 
 
-def run_training(args, files):
-    device_name = choose_device(args)
-    try:
-        ops.set_na2d_backend(args.na2d)
-        if args.na2d == "triton" and args.device == "cpu":
-            raise ValueError("the Triton kernels need a GPU; give --device cuda")
-        if args.na2d == "natten" and args.device == "cuda" and not ops.natten_has_cuda():
-            raise ValueError("NATTEN was built without CUDA; the README names its wheel for CUDA")
-    except ValueError as error:
-        raise InputError(f"--na2d {args.na2d}: {error}") from None
-    if args.resume == Path():
-        args.resume = files.last
-        if not files.last.exists():
-            raise InputError(f"nothing to resume: {files.last} does not exist; start without --resume")
-    source = args.evaluate or args.resume or args.init
+def load_data(args, train_per_class):
+    """The training split, None for train_per_class=0, and the validation split."""
+    shown = not args.no_progress
+    return load(args.data_dir, args.num_classes, train_per_class, args.val_per_class, shown)
+
+
+def evaluate_checkpoint(args):
+    """What --evaluate does: say how good the checkpoint is."""
+    path = args.evaluate
+    arrays, _, _ = read_checkpoint(path)
+    _, val = load_data(args, train_per_class=0)
+    model = make_model(args)
+    load_model(model, arrays, path)
+    result = evaluate(model, val, args)
+    say(
+        f"{path}: val loss {result['val_loss']:.4f}, top-1 {result['acc_top1']:.4f}, "
+        f"top-5 {result['acc_top5']:.4f} on {len(val)} images of {args.num_classes} classes"
+    )
+
+
+def start(args, files, device_name):
+    """Everything before the first epoch: data, model, optimizer, logs, by --init or --resume.
+
+    Returns model, optimizer, training and validation split, and `run`, what checkpoints keep beside
+    the weights; run["history"] are the epochs that are done.
+    """
+    source = args.resume or args.init
     arrays, moments, run = read_checkpoint(source) if source else ({}, {}, {})
     if args.resume:
         check_resumable(run, args, source)
-    if not args.evaluate:
-        files.check_writable()
-    train_per_class = 0 if args.evaluate else args.train_per_class
-    train, val = load(args.data_dir, args.num_classes, train_per_class, args.val_per_class, not args.no_progress)
-
-    model = models.OverLoCK(**models.VARIANTS[args.model], num_classes=args.num_classes, seed=args.seed)
-    model = model.to(args.device, memory_format=torch.channels_last)
+    files.check_writable()
+    train, val = load_data(args, args.train_per_class)
+    model = make_model(args)
     kept = load_model(model, arrays, source, keep_classifier=source == args.init) if source else []
-    if args.evaluate:
-        result = evaluate(model, val, args)
-        return say(f"{source}: val loss {result['val_loss']:.4f}, top-1 {result['acc_top1']:.4f}, "
-                   f"top-5 {result['acc_top5']:.4f} on {len(val)} images of {args.num_classes} classes")
     check_last_batch(train, args.batch_size)
     optimizer = make_optimizer(model, args)
     data = {"classes": train.classes, "image_shape": list(train.images.shape[1:])}
     history = []
     if args.resume:
         if run["data"] != data:
-            raise InputError(f"the run in {source} was trained on other classes or image sizes than {args.data_dir} has; "
-                             "give the right --data-dir")
+            other = f"other classes or image sizes than {args.data_dir} has"
+            remedy = "give the right --data-dir"
+            raise InputError(f"the run in {source} was trained on {other}; {remedy}")
         load_optimizer(model, optimizer, moments, run["step"], source)
         history = run["history"]
     if not args.resume or source.resolve() != files.last.resolve():
@@ -285,33 +304,44 @@ def run_training(args, files):
 
     arguments = json.loads(json.dumps(vars(args), default=str))
     parameters = sum(int(np.prod(p.shape)) for p in trainable(model).values())
-    files.log(f"{FRAMEWORK} {torch.__version__}, NumPy {np.__version__}, Python {platform.python_version()}; {device_name}")
+    versions = f"NumPy {np.__version__}, Python {platform.python_version()}"
+    files.log(f"{FRAMEWORK} {torch.__version__}, {versions}; {device_name}")
     files.log(f"arguments {json.dumps(arguments)}")
-    files.log(f"{args.model}, {parameters:,} parameters; {len(train)} training and {len(val)} validation images of "
-              f"{args.num_classes} classes: {' '.join(train.classes)}")
+    files.log(
+        f"{args.model}, {parameters:,} parameters; {len(train)} training and {len(val)} validation "
+        f"images of {args.num_classes} classes: {' '.join(train.classes)}"
+    )
     if kept:
-        files.log(f"{source} was trained on other classes; left at their initial values: {', '.join(kept)}")
+        names = ", ".join(kept)
+        files.log(f"{source} was trained on other classes; left at their initial values: {names}")
     if args.resume:
         files.log_history(history, args.epochs)
         files.log(f"resumed from {source} after epoch {run['epoch']}")
     files.write_csv(history)
+    return model, optimizer, train, val, dict(args=arguments, data=data, history=history)
+
+
+def fit(model, optimizer, train, val, run, args, files):
+    """The epochs that are left. After each, last.safetensors, the logs and perhaps best.safetensors."""
+    history = run["history"]
     steps_per_epoch = -(-len(train) // args.batch_size)
     best = max((row["acc_top1"] for row in history), default=-1)
-
     for epoch in range(len(history) + 1, args.epochs + 1):
-        start = time.perf_counter()
+        begin = time.perf_counter()
         row = train_one_epoch(model, optimizer, train, args, epoch)
-        images_per_second = len(train) / (time.perf_counter() - start)
+        images_per_second = len(train) / (time.perf_counter() - begin)
         row |= evaluate(model, val, args)
-        row |= dict(epoch_time=(time.perf_counter() - start) / 60, images_per_second=images_per_second, epoch=epoch)
+        minutes = (time.perf_counter() - begin) / 60
+        row |= dict(epoch_time=minutes, images_per_second=images_per_second, epoch=epoch)
         if not np.isfinite(row["val_loss"]):
-            raise diverged(f"the validation loss is {row['val_loss']}", epoch, steps_per_epoch)
+            what = f"the validation loss is {row['val_loss']}"
+            raise diverged(what, epoch, steps_per_epoch)
         history.append(row)
         is_best, best = row["acc_top1"] > best, max(best, row["acc_top1"])
-        state = dict(epoch=epoch, step=epoch * steps_per_epoch, best_top1=best, args=arguments, data=data, history=history)
-        # The last checkpoint holds the history, so whatever is written after it can be made again from it.
+        state = dict(epoch=epoch, step=epoch * steps_per_epoch, best_top1=best, **run)
         if is_best:
             save_checkpoint(files.best, model, optimizer, state)
+        # It holds the history, so whatever is written after it can be made again from it.
         save_checkpoint(files.last, model, optimizer, state)
         files.write_csv(history)
         files.log(epoch_line(row, args.epochs))
@@ -319,9 +349,22 @@ def run_training(args, files):
     files.log(f"best top-1 {best:.4f}; checkpoints {written} in {files.output}")
 
 
+def run_training(args, files):
+    device_name = choose_device(args)
+    if args.evaluate:
+        return evaluate_checkpoint(args)
+    if args.resume == Path():
+        args.resume = files.last
+        if not files.last.exists():
+            remedy = "start without --resume"
+            raise InputError(f"nothing to resume: {files.last} does not exist; {remedy}")
+    model, optimizer, train, val, run = start(args, files, device_name)
+    fit(model, optimizer, train, val, run, args, files)
+
+
 def main():
     args = parse_args()
-    files = RunFiles(args.output)
+    files = RunFiles(args.output, SUFFIX)
     interrupted = False
 
     def on_interrupt(*_):
@@ -333,26 +376,22 @@ def main():
     try:
         run_training(args, files)
     except InputError as error:
-        stop(2, f"error: {error}")
+        stop("train.py", 2, f"error: {error}")
     except OSError as error:
         path = Path(str(error.filename or args.output))
         written = args.output in (path, *path.parents)
-        remedy = "make room, or give another --output" if written else "check the path and its permissions"
-        stop(2, f"error: {path}: {error.strerror or error}; {remedy}")
+        room, rights = "make room, or give another --output", "check the path and its permissions"
+        remedy = room if written else rights
+        stop("train.py", 2, f"error: {path}: {error.strerror or error}; {remedy}")
     except BaseException:
         # Ctrl-C also reaches a compiler at work, whose failure may come first.
         if not interrupted:
             raise
         if files.started and files.last.exists():
-            stop(130, f"interrupted; resume with: {resume_command(args)}")
-        again = "give the same command again" if args.resume or args.evaluate else "no epoch was finished"
-        stop(130, f"interrupted; {again}")
-
-
-def stop(status, message):
-    """Exit with one line on the terminal's error stream."""
-    say("train.py: " + " ".join(message.split()), sys.stderr)
-    sys.exit(status)
+            stop("train.py", 130, f"interrupted; resume with: {resume_command(args)}")
+        anew = args.resume or args.evaluate
+        again = "give the same command again" if anew else "no epoch was finished"
+        stop("train.py", 130, f"interrupted; {again}")
 
 
 if __name__ == "__main__":

@@ -1,165 +1,301 @@
-"""Layers as single kernels, forward and backward: what Jittor would compile as dozens of operators.
+"""Functions with kernels of their own, forward and backward: what Jittor would compile as dozens of operators.
 
-Fewer operators are fewer minutes of compiling at the first run and fewer passes over memory at every other. The kernels are
-files under kernels/; all are for the CPU, those of the depthwise convolution and of the norms for the GPU too. There, scratch
-memory of a kernel is one more output, of a size that depends on the shapes alone.
+Fewer operators are fewer minutes of compiling at the first run and fewer passes over memory at every other. The
+classes named ...Function are those kernels with their gradients. Where a kernel is for the CPU alone, or does not take
+every shape, the function in small letters beside it chooses between the kernel and Jittor's own operators.
+
+Shapes are (B, C, H, W) unless a comment says otherwise.
 """
-from jittor_setup import jt
-from jittor import nn
-from ops import cast, check_channels, check_types, launch
+
+from functools import cache
+
+import numpy as np
+from .launch import cast, check_channels, check_types, has_kernel, launch, on_gpu, run_code
+from .start import jt, nn
+
+# The same as PyTorch's, under PyTorch's names.
+linear, cross_entropy = nn.linear, nn.cross_entropy_loss
 
 
-def call(headers, code, inputs, shapes, data):
-    """`launch` on the CPU alone."""
-    return launch((headers, ()), (code, ""), inputs, shapes, data)
+def without_gradient():
+    """Whether operators record nothing for a backward pass: inside `with jt.no_grad()`."""
+    return bool(jt.flags.no_grad)
 
 
-NO_BIAS = "(in0_type*)nullptr"
+class NA2dAVFunction(jt.Function):
+    """`na2d_av` of ops.py: attn (B, heads, H, W, K*K), value (B, heads, H, W, dim) -> like value."""
+
+    headers = (
+        ("neighbourhood.h", "lanes.h", "product.h", "na2d_av_cpu.h"),
+        ("neighbourhood.h", "cuda_launch.h", "na2d_av_cuda.h"),
+    )
+
+    def execute(self, attn, value, kernel_size):
+        check_types("na2d_av: attn and value", attn, value)
+        B, heads, H, W, dim = value.shape
+        self.attn, self.value = attn, value
+        self.sizes = {"N": B * heads, "H": H, "W": W, "K": kernel_size, "dim": dim}
+        return self.run("na2d_av_forward", [attn, value], value)
+
+    def grad(self, grad_out):
+        grad_out = cast(grad_out, self.value.dtype)
+        grad_attn = self.run("na2d_av_grad_attn", [grad_out, self.value], self.attn)
+        grad_value = self.run("na2d_av_grad_value", [self.attn, grad_out], self.value)
+        return grad_attn, grad_value, None
+
+    def run(self, kernel, inputs, like):
+        return launch(kernel, self.headers, inputs, [like], self.sizes)[0]
 
 
-class DepthwiseConv(jt.Function):
-    """x (B, C, H, W), weight (C, 1, K, K), bias (C,) or None -> (B, C, H, W), stride 1; plus x itself if residual."""
+class ContMixFunction(jt.Function):
+    """`contmix` of contmix.py as one kernel.
 
-    headers = ("lanes.h", "inference_cpu.h", "depthwise_cpu.h"), ("cuda_launch.h", "depthwise_cuda.h")
-
-    def execute(self, x, weight, bias, dilation, residual):
-        check_types("DepthwiseConv: x, weight and bias", x, weight, *([] if bias is None else [bias]))
-        self.x, self.weight, self.has_bias, self.residual = x, weight, bias is not None, residual
-        self.data = dict(zip(("B", "C", "H", "W"), x.shape), K=weight.shape[2], dilation=dilation)
-        inputs = [x, weight] + ([bias] if self.has_bias else [])
-        return self.convolve(inputs, "in2_p" if self.has_bias else NO_BIAS, flip=False)
-
-    def grad(self, grad_y):
-        grad_y = cast(grad_y, self.x.dtype)
-        grad_x = self.convolve([grad_y, self.weight], NO_BIAS, flip=True)
-        C, taps, chunks = self.data["C"], self.data["K"]**2, min(self.data["B"], 16)
-        shapes = [self.weight.shape, (C if self.has_bias else 0,), (chunks, C, taps + 1)]
-        dtypes = [self.x.dtype, self.x.dtype, "float32"]
-        bias = "out1_p" if self.has_bias else NO_BIAS
-        code = f"overlock::depthwise_grad_weight(in0_p, in1_p, out0_p, {bias}, "
-        grads = launch(self.headers, (f"{code}$B, $C, $H, $W, $K, $dilation);",
-                                      f"{code}out2_p, $B, $C, $H, $W, $K, $dilation, $chunks, 0);"),
-                       [self.x, grad_y], shapes, {**self.data, "chunks": chunks}, dtypes)
-        return grad_x, grads[0], grads[1] if self.has_bias else None, None, None
-
-    def convolve(self, inputs, bias, flip):
-        data = {**self.data, "residual": int(self.residual), "flip": int(flip)}
-        code = f"overlock::depthwise(in0_p, in1_p, {bias}, out0_p, $B, $C, $H, $W, $K, $dilation, $residual, $flip"
-        return launch(self.headers, (f"{code});", f"{code}, 0);"), inputs, [self.x.shape], data)[0]
-
-
-def fits_gpu(kernel_size, dilation):
-    """Whether the GPU's depthwise kernels take it: 256 strips of 4 taps and 48 KiB of shared memory (depthwise_cuda.h)."""
-    side = 16 + 2 * dilation * (kernel_size // 2)
-    return kernel_size * -(-kernel_size // 4) < 256 and 4 * (side**2 + max(256, kernel_size**2)) <= 48 * 1024
-
-
-# The activations that a convolution takes along in inference, as inference_cpu.h calls them.
-ACTIVATIONS = {nn.GELU: "overlock::GELU", nn.SiLU: "overlock::SILU", type(None): "overlock::IDENTITY"}
-
-
-def bias_and_norm(conv, norm, inputs):
-    """Append `conv`'s bias and the values of the BatchNorm `norm`, if there are, to `inputs`. Returns both in C++."""
-    def pointer(var):
-        inputs.append(var)
-        return f"in{len(inputs) - 1}_p"
-    bias = "nullptr" if conv.bias is None else pointer(conv.bias)
-    if norm is None:
-        return bias, "{}"
-    return bias, f"{{{', '.join(map(pointer, (norm.weight, norm.bias, norm.running_mean, norm.running_var)))}, {norm.eps}f}}"
-
-
-def merged_depthwise(x, branches, activation=None):
-    """activation(sum of norm(conv(x)) over `branches`), pairs (depthwise convolution that keeps the map's size, BatchNorm or
-    None), the one with the largest kernel first and not dilated: as one convolution.
-
-    For inference: uses the running statistics and has no gradient.
+    proj_weight (k1² + k2², S*S, 1, 1) and proj_bias (k1² + k2²,) are those of its 1x1 convolution.
     """
-    inputs, code = [x], []
-    for conv, norm in branches:
-        inputs.append(conv.weight)
-        weight = f"in{len(inputs) - 1}_p"
-        bias, norm = bias_and_norm(conv, norm, inputs)
-        code.append(f"{{{weight}, {bias}, {conv.kernel_size[0]}, {conv.dilation[0]}, {norm}}}")
-    code = (f"overlock::Branch branches[] = {{{', '.join(code)}}};\n"
-            f"overlock::merged_depthwise(in0_p, branches, {len(branches)}, {ACTIVATIONS[type(activation)]}, out0_p, $B, $C, $H, $W);")
-    return call(DepthwiseConv.headers[0], code, inputs, [x.shape], dict(zip(("B", "C", "H", "W"), x.shape)))[0]
 
-
-DENSE_HEADERS = "lanes.h", "product.h", "inference_cpu.h", "convolution_cpu.h"
-DENSE_GEOMETRY = "{$B, $C, $H, $W, $O, $K, $L, $stride, $padding, $dilation}"
-
-
-def dense_geometry(x, weight, stride, padding, dilation):
-    """The numbers of DENSE_GEOMETRY, and the shape of the output. Raises ValueError if the map is too small."""
-    (B, C, H, W), (O, _, K, L) = x.shape, weight.shape
-    shape = (B, O, *((n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in ((H, K), (W, L))))
-    if min(shape[2:]) < 1:
-        raise ValueError(f"Conv2d: a map of {H}x{W} with padding {padding} is smaller than the kernel of {K}x{L}")
-    return {"B": B, "C": C, "H": H, "W": W, "O": O, "K": K, "L": L,
-            "stride": stride, "padding": padding, "dilation": dilation}, shape
-
-
-class DenseConv(jt.Function):
-    """x (B, C, H, W), weight (O, C, K, L), bias (O,) or None -> (B, O, H', W'), as torch's conv2d with one group."""
-
-    def execute(self, x, weight, bias, stride, padding, dilation):
-        self.x, self.weight, self.has_bias = x, weight, bias is not None
-        self.data, shape = dense_geometry(x, weight, stride, padding, dilation)
-        inputs = [x, weight] + ([bias] if self.has_bias else [])
-        return self.run(f"convolution(in0_p, in1_p, {'in2_p' if self.has_bias else 'nullptr'}, out0_p", inputs, [shape])[0]
-
-    def grad(self, grad_y):
-        grad_x = self.run("convolution_grad_x(in0_p, in1_p, out0_p", [grad_y, self.weight], [self.x.shape])
-        shapes = [self.weight.shape] + ([(self.data["O"],)] if self.has_bias else [])
-        grads = self.run(f"convolution_grad_weight(in0_p, in1_p, out0_p, {'out1_p' if self.has_bias else 'nullptr'}",
-                         [self.x, grad_y], shapes)
-        return *grad_x, *grads, *[None] * (4 - self.has_bias)
-
-    def run(self, code, inputs, shapes):
-        return call(DENSE_HEADERS, f"overlock::{code}, {DENSE_GEOMETRY});", inputs, shapes, self.data)
-
-
-def dense_norm(x, conv, norm, activation):
-    """activation(norm(conv(x))), norm a BatchNorm or None: for inference, like `merged_depthwise`."""
-    data, shape = dense_geometry(x, conv.weight, conv.stride[0], conv.padding[0], conv.dilation[0])
-    inputs = [x, conv.weight]
-    bias, norm = bias_and_norm(conv, norm, inputs)
-    code = f"overlock::convolution(in0_p, in1_p, {bias}, out0_p, {DENSE_GEOMETRY}, {norm}, {ACTIVATIONS[type(activation)]});"
-    return call(DENSE_HEADERS, code, inputs, [shape], data)[0]
-
-
-class ContMix(jt.Function):
-    """contmix.py's function of the same name as one kernel; proj_weight (k1² + k2², S*S, 1, 1), proj_bias (k1² + k2²,)."""
-
-    geometry = "{$B, $heads, $H, $W, $regions, $query_dim, $value_dim, $K1, $K2}"
+    headers = ("neighbourhood.h", "lanes.h", "product.h", "na2d_av_cpu.h", "contmix_cpu.h"), ()
 
     def execute(self, query, key, proj_weight, proj_bias, rpb1, rpb2, x):
         B, C, H, W = x.shape
         heads = rpb1.shape[0]
         K1, K2 = (rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2
-        self.data = {"B": B, "heads": heads, "H": H, "W": W, "regions": key.shape[2] * key.shape[3],
-                     "query_dim": query.shape[1] // heads, "value_dim": C // (2 * heads), "K1": K1, "K2": K2}
-        inputs = [query, key, proj_weight, proj_bias, rpb1, rpb2, x]
-        code = "contmix(in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, in6_p, out0_p, "
-        if jt.flags.no_grad:
-            return self.run(f"{code}nullptr", inputs, [x.shape])[0]
-        out, attn = self.run(f"{code}out1_p", inputs, [x.shape, (B, heads, H, W, K1**2 + K2**2)])
-        self.saved = query, key, proj_weight, x, attn
-        self.shapes = [v.shape for v in inputs]
+        self.geometry = {
+            "B": B,
+            "heads": heads,
+            "H": H,
+            "W": W,
+            "regions": key.shape[2] * key.shape[3],
+            "query_dim": query.shape[1] // heads,
+            "value_dim": C // (2 * heads),
+            "K1": K1,
+            "K2": K2,
+        }
+        self.inputs = [query, key, proj_weight, proj_bias, rpb1, rpb2, x]
+        attn = None if without_gradient() else ((B, heads, H, W, K1**2 + K2**2), x.dtype)
+        out, *self.attn = self.run("contmix", self.inputs, [x, attn])
         return out
 
     def grad(self, grad_out):
-        return self.run("contmix_backward(in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, out0_p, out1_p, out2_p, out3_p, "
-                        "out4_p, out5_p, out6_p", [*self.saved, grad_out], self.shapes)
+        query, key, proj_weight, _, _, _, x = self.inputs
+        saved = [query, key, proj_weight, x, *self.attn]
+        return self.run("contmix_backward", [*saved, grad_out], self.inputs)
 
-    def run(self, code, inputs, shapes):
-        return call(("neighbourhood.h", "lanes.h", "product.h", "na2d_av_cpu.h", "contmix_cpu.h"),
-                    f"overlock::{code}, {self.geometry});", inputs, shapes, self.data)
+    def run(self, kernel, inputs, outputs):
+        return launch(kernel, self.headers, inputs, outputs, self.geometry, as_struct=True)
 
 
-class Separable(jt.Function):
+class DepthwiseConvFunction(jt.Function):
+    """Depthwise convolution with stride 1 that keeps the map's size; plus x itself if `residual`.
+
+    x (B, C, H, W), weight (C, 1, K, K), bias (C,) or None -> (B, C, H, W).
+    """
+
+    headers = (
+        ("lanes.h", "inference_cpu.h", "depthwise_cpu.h"),
+        ("cuda_launch.h", "depthwise_cuda.h"),
+    )
+
+    def execute(self, x, weight, bias, dilation, residual):
+        tensors = [x, weight] if bias is None else [x, weight, bias]
+        check_types("DepthwiseConv: x, weight and bias", *tensors)
+        self.x, self.weight, self.bias, self.residual = x, weight, bias, residual
+        B, C, H, W = x.shape
+        self.sizes = {"B": B, "C": C, "H": H, "W": W, "K": weight.shape[2], "dilation": dilation}
+        return self.convolve([x, weight, bias], flip=False)
+
+    def grad(self, grad_y):
+        grad_y = cast(grad_y, self.x.dtype)
+        grad_x = self.convolve([grad_y, self.weight, None], flip=True)
+        chunks = min(self.sizes["B"], 16)
+        grad_weight, *grad_bias = launch(
+            "depthwise_grad_weight",
+            self.headers,
+            [self.x, grad_y],
+            [self.weight, self.bias],
+            self.sizes,
+            scratch=[(chunks, self.sizes["C"], self.sizes["K"] ** 2 + 1)],
+            gpu_numbers={"chunks": chunks},
+        )
+        return grad_x, grad_weight, *(grad_bias or [None]), None, None
+
+    def convolve(self, inputs, flip):
+        numbers = {**self.sizes, "residual": int(self.residual), "flip": int(flip)}
+        return launch("depthwise", self.headers, inputs, [self.x], numbers)[0]
+
+
+def fits_gpu(kernel_size, dilation):
+    """Whether the GPU's depthwise kernels take it: 256 strips of 4 taps and 48 KiB of shared memory (depthwise_cuda.h)."""
+    side = 16 + 2 * dilation * (kernel_size // 2)
+    shared = 4 * (side**2 + max(256, kernel_size**2))
+    return kernel_size * -(-kernel_size // 4) < 256 and shared <= 48 * 1024
+
+
+def keeps_size(conv):
+    """Whether `conv` is depthwise, odd, the same along both axes, and its output as large as its input."""
+    (k, k2), (d, d2) = conv.kernel_size, conv.dilation
+    same = (d * (k // 2),) * 2
+    return (
+        conv.groups == conv.in_channels == conv.out_channels
+        and (k, d) == (k2, d2)
+        and k % 2 == 1
+        and conv.stride == (1, 1)
+        and conv.padding == same
+    )
+
+
+class DenseConvFunction(jt.Function):
+    """torch's conv2d with one group: x (B, C, H, W), weight (O, C, K, L), bias (O,) or None -> (B, O, H', W').
+
+    Jittor's own, oneDNN's, adds its bias by further operators and takes half as long again (docs/performance.md).
+    """
+
+    headers = ("lanes.h", "product.h", "inference_cpu.h", "convolution_cpu.h"), ()
+
+    def execute(self, x, weight, bias, stride, padding, dilation):
+        self.x, self.weight, self.bias = x, weight, bias
+        self.geometry, shape = dense_geometry(x, weight, stride, padding, dilation)
+        return self.run("convolution", [x, weight, bias], [(shape, x.dtype)])[0]
+
+    def grad(self, grad_y):
+        (grad_x,) = self.run("convolution_grad_x", [grad_y, self.weight], [self.x])
+        grad_weight, *grad_bias = self.run(
+            "convolution_grad_weight", [self.x, grad_y], [self.weight, self.bias]
+        )
+        return grad_x, grad_weight, *(grad_bias or [None]), None, None, None
+
+    def run(self, kernel, inputs, outputs):
+        return launch(kernel, self.headers, inputs, outputs, self.geometry, as_struct=True)
+
+
+def dense_geometry(x, weight, stride, padding, dilation):
+    """The numbers of `struct Convolution` (convolution_cpu.h), and the shape of the output.
+
+    Raises ValueError if the map is too small.
+    """
+    (B, C, H, W), (outs, _, K, L) = x.shape, weight.shape
+    out = [(n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in ((H, K), (W, L))]
+    if min(out) < 1:
+        raise ValueError(
+            f"Conv2d: a map of {H}x{W} with padding {padding} is smaller than the kernel of {K}x{L}"
+        )
+    geometry = {
+        "B": B,
+        "C": C,
+        "H": H,
+        "W": W,
+        "O": outs,
+        "K": K,
+        "L": L,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+    }
+    return geometry, (B, outs, *out)
+
+
+def is_dense(conv):
+    """Whether `conv` has one group and is the same along both axes."""
+    return conv.groups == 1 and all(a == b for a, b in (conv.stride, conv.padding, conv.dilation))
+
+
+def convolve(x, conv, own, residual=False):
+    """The convolution `conv`, a Conv2d, of x; plus x itself if `residual`.
+
+    By a kernel where there is one for its shape, the type of x and the device, else by `own`, Jittor's own operators.
+    """
+    check_channels("Conv2d", x, conv.in_channels)
+    if is_dense(conv) and has_kernel(DenseConvFunction) and not residual:
+        numbers = conv.stride[0], conv.padding[0], conv.dilation[0]
+        return DenseConvFunction.apply(x, conv.weight, conv.bias, *numbers)
+    k, d = conv.kernel_size[0], conv.dilation[0]
+    if (
+        keeps_size(conv)
+        and has_kernel(DepthwiseConvFunction, x)
+        and (not on_gpu() or fits_gpu(k, d))
+    ):
+        weight, bias = (None if v is None else cast(v, x.dtype) for v in (conv.weight, conv.bias))
+        return DepthwiseConvFunction.apply(x, weight, bias, d, residual)
+    return x + own(x) if residual else own(x)
+
+
+# The activations that a convolution's kernel applies in inference, as inference_cpu.h calls them.
+ACTIVATIONS = {
+    nn.GELU: "overlock::GELU",
+    nn.SiLU: "overlock::SILU",
+    type(None): "overlock::IDENTITY",
+}
+
+
+def bias_and_norm(conv, norm, inputs):
+    """Append the bias of `conv` and the values of the BatchNorm `norm`, if there are, to `inputs`. Returns both in C++."""
+
+    def pointer(var):
+        inputs.append(var)
+        return f"in{len(inputs) - 1}_p"
+
+    bias = "nullptr" if conv.bias is None else pointer(conv.bias)
+    if norm is None:
+        return bias, "{}"
+    values = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    return bias, f"{{{', '.join(map(pointer, values))}, {norm.eps}f}}"
+
+
+def fused_convolution(x, conv, norm=None, activation=None):
+    """activation(norm(conv(x))) as one kernel; a BatchNorm2d or None, one of ACTIVATIONS or None.
+
+    For inference on a CPU, and a convolution that `has_fused_kernel`: uses the running statistics, has no gradient.
+    """
+    check_channels("Conv2d", x, conv.in_channels)
+    if not is_dense(conv):
+        return merged_depthwise(x, [(conv, norm)], activation)
+    numbers, shape = dense_geometry(
+        x, conv.weight, conv.stride[0], conv.padding[0], conv.dilation[0]
+    )
+    geometry = ", ".join(f'(int)data["{name}"]' for name in numbers)
+    inputs = [x, conv.weight]
+    bias, norm = bias_and_norm(conv, norm, inputs)
+    code = (
+        f"overlock::convolution(in0_p, in1_p, {bias}, out0_p, {{{geometry}}}, "
+        f"{norm}, {ACTIVATIONS[type(activation)]});"
+    )
+    return run_code(DenseConvFunction.headers, (code, ""), inputs, [(shape, x.dtype)], numbers)[0]
+
+
+def has_fused_kernel(conv):
+    """Whether `fused_convolution` takes `conv` on the device in use."""
+    return has_kernel(DenseConvFunction) and (
+        is_dense(conv) or keeps_size(conv) and conv.dilation == (1, 1)
+    )
+
+
+def merged_depthwise(x, branches, activation=None):
+    """activation(sum of norm(conv(x)) over `branches`) as one convolution.
+
+    branches: pairs of a depthwise convolution that `keeps_size` and a BatchNorm2d or None, the one with the largest
+    kernel first and not dilated. For inference on a CPU: uses the running statistics, has no gradient.
+    """
+    check_channels("Conv2d", x, branches[0][0].in_channels)
+    inputs, parts = [x], []
+    for conv, norm in branches:
+        inputs.append(conv.weight)
+        weight = f"in{len(inputs) - 1}_p"
+        bias, norm = bias_and_norm(conv, norm, inputs)
+        parts.append(f"{{{weight}, {bias}, {conv.kernel_size[0]}, {conv.dilation[0]}, {norm}}}")
+    sizes = dict(zip(("B", "C", "H", "W"), x.shape))
+    numbers = ", ".join(f'(int)data["{name}"]' for name in sizes)
+    code = (
+        f"overlock::Branch branches[] = {{{', '.join(parts)}}};\n"
+        f"overlock::merged_depthwise(in0_p, branches, {len(branches)}, {ACTIVATIONS[type(activation)]}, "
+        f"out0_p, {numbers});"
+    )
+    headers = DepthwiseConvFunction.headers[0], ()
+    return run_code(headers, (code, ""), inputs, [(x.shape, x.dtype)], sizes)[0]
+
+
+class SeparableFunction(jt.Function):
     """rows @ x @ cols.T: x (B, C, H, W), constants rows (h, H) and cols (w, W) -> (B, C, h, w)."""
+
+    headers = ("lanes.h", "product.h", "separable_cpu.h"), ()
 
     def execute(self, x, rows, cols):
         self.matrices, self.shape = (rows, cols), x.shape
@@ -169,76 +305,169 @@ class Separable(jt.Function):
         return self.run(grad_out, self.shape, transposed=True), None, None
 
     def run(self, x, shape, transposed):
-        data = {"planes": x.shape[0] * x.shape[1], "H": x.shape[2], "W": x.shape[3], "h": shape[2], "w": shape[3],
-                "transposed": int(transposed)}
-        return call(("lanes.h", "product.h", "separable_cpu.h"), "overlock::separable(in0_p, in1_p, in2_p, out0_p, "
-                    "$planes, $H, $W, $h, $w, $transposed);", [x, *self.matrices], [shape], data)[0]
+        B, C, H, W = x.shape
+        sizes = {
+            "planes": B * C,
+            "H": H,
+            "W": W,
+            "h": shape[2],
+            "w": shape[3],
+            "transposed": int(transposed),
+        }
+        return launch("separable", self.headers, [x, *self.matrices], [(shape, x.dtype)], sizes)[0]
+
+
+def separable(x, rows, cols):
+    """rows @ x @ cols.T: (B, C, H, W), (h, H), (w, W) -> (B, C, h, w).
+
+    Pooling and interpolation are linear and act on each axis by itself. As two products with small constant
+    matrices they are exact to rounding, gradients included, with no scatter in the backward pass.
+    """
+    if has_kernel(SeparableFunction):
+        return SeparableFunction.apply(x, rows, cols)
+    B, C, H, W = x.shape
+    h, w = rows.shape[0], cols.shape[0]
+    x = jt.matmul(
+        x.reshape(B * C * H, W), cols.transpose(0, 1)
+    )  # (B, C, H, W) -> (B*C*H, W) -> (B*C*H, w)
+    # (B*C*H, w) -> (B*C, H, w) -> (B*C, w, H) -> (B*C*w, H)
+    x = x.reshape(B * C, H, w).transpose(1, 2).reshape(B * C * w, H)
+    x = jt.matmul(x, rows.transpose(0, 1))  # (B*C*w, h)
+    return x.reshape(B, C, w, h).transpose(2, 3)  # (B*C*w, h) -> (B, C, w, h) -> (B, C, h, w)
+
+
+def adaptive_avg_pool2d(x, size):
+    """torch.nn.functional.adaptive_avg_pool2d: (B, C, H, W) -> (B, C, *size)."""
+    if tuple(size) == (1, 1):
+        return x.mean((2, 3), keepdims=True)  # (B, C, 1, 1)
+    return separable(x, pooling_matrix(x.shape[2], size[0]), pooling_matrix(x.shape[3], size[1]))
+
+
+def interpolate(x, size, mode, align_corners):
+    """torch.nn.functional.interpolate, mode "bilinear" with align_corners=False: (B, C, H, W) -> (B, C, *size)."""
+    if mode != "bilinear" or align_corners:
+        raise ValueError(
+            f"interpolate: only bilinear with align_corners=False, got {mode}, {align_corners}"
+        )
+    return separable(x, bilinear_matrix(x.shape[2], size[0]), bilinear_matrix(x.shape[3], size[1]))
+
+
+def constant(array):
+    """A Var that no optimizer trains and no gradient reaches."""
+    return jt.array(array).stop_grad()
+
+
+@cache
+def pooling_matrix(size, out_size):
+    """(out_size, size): output i is the mean of inputs floor(i*size/out_size) to ceil((i+1)*size/out_size) - 1."""
+    matrix = np.zeros((out_size, size), np.float32)
+    for i in range(out_size):
+        first, end = i * size // out_size, -(-(i + 1) * size // out_size)
+        matrix[i, first:end] = 1 / (end - first)
+    return constant(matrix)
+
+
+@cache
+def bilinear_matrix(size, out_size):
+    """(out_size, size): output i samples the input at (i + 0.5) * size / out_size - 0.5, not below 0."""
+    matrix = np.zeros((out_size, size), np.float32)
+    scale = np.float32(size) / np.float32(out_size)
+    for i in range(out_size):
+        position = max(np.float32(i + 0.5) * scale - np.float32(0.5), np.float32(0))
+        low = min(int(position), size - 1)
+        high = min(low + 1, size - 1)
+        matrix[i, low] += 1 - (position - low)
+        matrix[i, high] += position - low
+    return constant(matrix)
 
 
 NORM_HEADERS = ("norm_cpu.h",), ("cuda_launch.h", "cuda_sum.h", "norm_cuda.h")
 
 
 def norm_chunks(x):
-    """Into how many parts the GPU cuts the sums over a channel of x (B, C, H, W): a block for every 2048 values of it."""
+    """Into how many parts the GPU cuts the sums over a channel of x: a block for every 2048 values of it."""
     return min(max(-(-x.shape[0] * x.shape[2] * x.shape[3] // 2048), 1), 1024)
 
 
-class BatchNorm(jt.Function):
-    """BatchNorm of a batch x (B, C, H, W); moves the running statistics of `layer`, which are float32."""
+def norm_backward(kernel, saved, grad_y):
+    """Gradients of x, weight and bias, by a kernel of NORM_HEADERS; saved: x, weight, mean, inv_std."""
+    x, weight, _, _ = saved
+    B, C, H, W = x.shape
+    chunks = norm_chunks(x)
+    return launch(
+        kernel,
+        NORM_HEADERS,
+        [*saved, cast(grad_y, x.dtype)],
+        [x, weight, weight],
+        {"B": B, "C": C, "P": H * W},
+        scratch=[(chunks + 1, C, 2)],
+        gpu_numbers={"chunks": chunks},
+    )
 
-    def execute(self, x, weight, bias, layer):
+
+class BatchNormFunction(jt.Function):
+    """BatchNorm of a batch x (B, C, H, W), variance in two passes.
+
+    Returns y and the new running mean and (unbiased) variance, all of them float32 (C,), which have no gradient.
+    """
+
+    headers = NORM_HEADERS
+
+    def execute(self, x, weight, bias, running_mean, running_var, momentum, eps):
         check_types("BatchNorm: weight and bias", weight, bias)
-        check_channels("BatchNorm", x, *(v.numel() for v in (weight, bias, layer.running_mean, layer.running_var)))
-        if layer.running_mean.dtype != "float32" or layer.running_var.dtype != "float32":
-            raise ValueError(f"BatchNorm: the running statistics must be float32, got {layer.running_mean.dtype} and "
-                             f"{layer.running_var.dtype}")
+        check_channels(
+            "BatchNorm", x, *(v.numel() for v in (weight, bias, running_mean, running_var))
+        )
+        if running_mean.dtype != "float32" or running_var.dtype != "float32":
+            raise ValueError(
+                "BatchNorm: the running statistics must be float32, got "
+                f"{running_mean.dtype} and {running_var.dtype}"
+            )
         B, C, H, W = x.shape
-        self.data = {"B": B, "C": C, "P": H * W, "chunks": norm_chunks(x)}
-        numbers = {**self.data, "eps": layer.eps, "momentum": layer.momentum}
-        code = "overlock::batch_norm(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p, out2_p, out3_p, out4_p, "
-        numbers_code = '$B, $C, $P, data["eps"], data["momentum"]'
-        y, mean, inv_std, running_mean, running_var, _ = launch(
-            NORM_HEADERS, (f"{code}{numbers_code});", f"{code}out5_p, {numbers_code}, $chunks, 0);"),
-            [x, weight, bias, layer.running_mean, layer.running_var],
-            [x.shape, (C,), (C,), (C,), (C,), (self.data["chunks"], C, 2)], numbers, [x.dtype] + ["float32"] * 5)
-        layer.running_mean.update(running_mean)
-        layer.running_var.update(running_var)
+        chunks = norm_chunks(x)
+        numbers = {"B": B, "C": C, "P": H * W, "eps": float(eps), "momentum": float(momentum)}
+        y, mean, inv_std, new_mean, new_var = launch(
+            "batch_norm",
+            NORM_HEADERS,
+            [x, weight, bias, running_mean, running_var],
+            [x, *[((C,), "float32")] * 4],
+            numbers,
+            scratch=[(chunks, C, 2)],
+            gpu_numbers={"chunks": chunks},
+        )
         self.saved = x, weight, mean, inv_std
-        return y
+        return y, new_mean, new_var
 
-    def grad(self, grad_y):
-        return *norm_backward("batch_norm_backward", *self.saved, grad_y, self.data), None
+    def grad(self, grad_y, *_):
+        return *norm_backward("batch_norm_backward", self.saved, grad_y), None, None, None, None
 
 
-class ChannelNorm(jt.Function):
-    """LayerNorm of each pixel of x (B, C, H, W) over its channels."""
+class LayerNormFunction(jt.Function):
+    """LayerNorm of each pixel of x (B, C, H, W) over its channels, variance in two passes; weight and bias (C,)."""
+
+    headers = NORM_HEADERS
 
     def execute(self, x, weight, bias, eps):
-        check_types("ChannelNorm: weight and bias", weight, bias)
-        check_channels("ChannelNorm", x, weight.numel(), bias.numel())
+        check_types("LayerNorm: weight and bias", weight, bias)
+        check_channels("LayerNorm", x, weight.numel(), bias.numel())
         B, C, H, W = x.shape
-        self.data = {"B": B, "C": C, "P": H * W, "chunks": norm_chunks(x)}
-        code = 'overlock::channel_norm(in0_p, in1_p, in2_p, out0_p, out1_p, out2_p, $B, $C, $P, data["eps"]'
-        y, mean, inv_std = launch(NORM_HEADERS, (f"{code});", f"{code}, 0);"), [x, weight, bias],
-                                  [x.shape, (B, H * W), (B, H * W)], {**self.data, "eps": eps}, [x.dtype, "float32", "float32"])
+        numbers = {"B": B, "C": C, "P": H * W, "eps": float(eps)}
+        per_pixel = ((B, H * W), "float32")
+        y, mean, inv_std = launch(
+            "channel_norm", NORM_HEADERS, [x, weight, bias], [x, per_pixel, per_pixel], numbers
+        )
         self.saved = x, weight, mean, inv_std
         return y
 
     def grad(self, grad_y):
-        return *norm_backward("channel_norm_backward", *self.saved, grad_y, self.data), None
+        return *norm_backward("channel_norm_backward", self.saved, grad_y), None
 
 
-def norm_backward(kernel, x, weight, mean, inv_std, grad_y, data):
-    """Gradients of x, weight and bias, by a kernel of NORM_HEADERS."""
-    code = f"overlock::{kernel}(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p, out2_p, "
-    return launch(NORM_HEADERS, (f"{code}$B, $C, $P);", f"{code}out3_p, $B, $C, $P, $chunks, 0);"),
-                  [x, weight, mean, inv_std, cast(grad_y, x.dtype)],
-                  [x.shape, weight.shape, weight.shape, (data["chunks"] + 1, data["C"], 2)], data,
-                  [x.dtype, weight.dtype, weight.dtype, "float32"])[:3]
+class GRNFunction(jt.Function):
+    """Global Response Normalization of x (B, C, H, W) with gamma and beta (1, C, 1, 1).
 
-
-class GRN(jt.Function):
-    """Global Response Normalization of x (B, C, H, W) with gamma and beta (1, C, 1, 1)."""
+    Where a channel is 0 its norm's gradient is 0, as in PyTorch, not NaN.
+    """
 
     headers = ("norm_cpu.h",), ("cuda_launch.h", "cuda_sum.h", "grn_cuda.h")
 
@@ -246,17 +475,22 @@ class GRN(jt.Function):
         check_types("GRN: gamma and beta", gamma, beta)
         check_channels("GRN", x, gamma.numel(), beta.numel())
         B, C, H, W = x.shape
-        self.data = {"B": B, "C": C, "P": H * W}
-        code = "overlock::grn(in0_p, in1_p, in2_p, out0_p, out1_p, "
-        y, norms, _ = launch(self.headers, (f"{code}$B, $C, $P);", f"{code}out2_p, $B, $C, $P, 0);"), [x, gamma, beta],
-                             [x.shape, (B, C), (B, 2)], self.data, [x.dtype, "float32", "float32"])
+        self.sizes = {"B": B, "C": C, "P": H * W}
+        outputs = [x, ((B, C), "float32")]
+        y, norms = launch(
+            "grn", self.headers, [x, gamma, beta], outputs, self.sizes, scratch=[(B, 2)]
+        )
         self.saved = x, gamma, norms
         return y
 
     def grad(self, grad_y):
         x, gamma, norms = self.saved
-        code = "overlock::grn_backward(in0_p, in1_p, in2_p, in3_p, out0_p, out1_p, out2_p, "
-        return tuple(launch(self.headers, (f"{code}$B, $C, $P);", f"{code}out3_p, out4_p, $B, $C, $P, 0);"),
-                            [x, gamma, norms, cast(grad_y, x.dtype)],
-                            [x.shape, gamma.shape, gamma.shape, (*norms.shape, 2), (norms.shape[0], 2)], self.data,
-                            [x.dtype, gamma.dtype, gamma.dtype, "float32", "float32"])[:3])
+        B, C = norms.shape
+        return launch(
+            "grn_backward",
+            self.headers,
+            [*self.saved, cast(grad_y, x.dtype)],
+            [x, gamma, gamma],
+            self.sizes,
+            scratch=[(B, C, 2), (B, 2)],
+        )

@@ -1,10 +1,12 @@
-"""Imports Jittor so that it starts everywhere: `from jittor_setup import jt`.
+"""Imports Jittor so that it starts everywhere: `from .aligned.start import jt, nn`.
 
 Left to itself, Jittor 1.3.11 downloads oneDNN from a server of its own, dies where `nvcc` is installed without a
 usable GPU or is of CUDA 13, downloads a CUDA toolkit where there is a GPU without `nvcc`, and compiles for minutes
 without a word.
 """
+
 import atexit
+import ctypes
 import hashlib
 import os
 import shlex
@@ -15,15 +17,28 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-import cuda_compat
-from cuda_toolkit import (cudnn_version, device_count, driver_version, load_libraries, packaged_nvcc, problem, system_nvcc,
-                          toolkit_version)
-from setup_files import package_files, replace_link
+from .setup import patch_jittor
+from .setup.atomic import package_files, replace_link
+from .setup.cuda_toolkit import (
+    cudnn_version,
+    device_count,
+    driver_version,
+    load_libraries,
+    packaged_nvcc,
+    problem,
+    system_nvcc,
+    toolkit_version,
+)
 
-ONEDNN_PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")  # libmkldnn.so and its headers, on PyPI
+SETUP = Path(__file__).resolve().parent / "setup"
+ONEDNN_PACKAGES = (
+    "onednn-cpu-gomp",
+    "onednn-devel-cpu-gomp",
+)  # libmkldnn.so and its headers, on PyPI
 
 
 def notice(message):
@@ -47,15 +62,17 @@ def provide_onednn(home):
     files = package_files(ONEDNN_PACKAGES)
     if files is None:
         if not library.exists():
-            notice("oneDNN is not installed; Jittor will try to download it "
-                   "(pip install -r requirements-jittor.txt avoids that)")
+            notice(
+                "oneDNN is not installed; Jittor will try to download it "
+                "(pip install -r requirements-jittor.txt avoids that)"
+            )
         return
     # Link file by file: a whole environment's lib/ may hold a libstdc++ that Jittor must not link to.
     for f in files:  # relative to site-packages, such as ../../libdnnl.so.2 or ../../../include/oneapi/dnnl/dnnl.h
         if ".so" in f.name:
             replace_link(root / "lib" / f.name, f.locate())
         elif "include" in f.parts:
-            replace_link(root.joinpath(*f.parts[f.parts.index("include"):]), f.locate())
+            replace_link(root.joinpath(*f.parts[f.parts.index("include") :]), f.locate())
 
 
 def choose_cuda(home):
@@ -88,12 +105,14 @@ def prepare_cuda(nvcc):
     """Make this toolkit and the installed Jittor fit together. Returns why they cannot, or None."""
     try:
         if toolkit_version(nvcc) >= (13,) or cudnn_version(nvcc) >= 9:
-            changed = cuda_compat.apply()
+            changed = patch_jittor.apply()
             if changed:
-                notice(f"changed {len(changed)} files of the installed Jittor for CUDA 13 and cuDNN 9 "
-                       "(python jittor_impl/cuda_compat.py --revert takes it back)")
+                notice(
+                    f"changed {len(changed)} files of the installed Jittor for CUDA 13 and cuDNN 9 "
+                    "(python jittor_impl/aligned/setup/patch_jittor.py --revert takes it back)"
+                )
         load_libraries(nvcc)
-    except (cuda_compat.CompatError, OSError) as error:
+    except (patch_jittor.PatchError, OSError) as error:
         return str(error)
     return None
 
@@ -109,10 +128,17 @@ class Compilation:
 
     def update(self, i):
         done, on_terminal = i + 1, sys.stderr.isatty()
-        if time.perf_counter() - self.start > 10 and (on_terminal or done >= self.next or done == self.files):
+        if time.perf_counter() - self.start > 10 and (
+            on_terminal or done >= self.next or done == self.files
+        ):
             self.next = done + self.files / 5
             end = "\r" if on_terminal and done < self.files else "\n"
-            print(f"jittor_setup: compiled {done} of {self.files} files", end=end, file=sys.stderr, flush=True)
+            print(
+                f"jittor_setup: compiled {done} of {self.files} files",
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def compile_jittor():
@@ -122,8 +148,10 @@ def compile_jittor():
     the middle to be started again.
     """
     notice("Jittor compiles itself: some minutes, the first time only")
-    child = subprocess.Popen([sys.executable, __file__], env={**os.environ, "OVERLOCK_COMPILES_JITTOR": "1"},
-                             start_new_session=True)
+    # This module again, by whatever name the folder around it goes in the user's project.
+    code = f"import sys; sys.path.insert(0, {str(SETUP.parents[1])!r}); import {SETUP.parent.name}.start"
+    environment = {**os.environ, "OVERLOCK_COMPILES_JITTOR": "1"}
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
     try:
         status = child.wait()
     except KeyboardInterrupt:
@@ -141,19 +169,20 @@ def compile_operators_faster(jittor, cache):
     """
     if "clang" in jittor.flags.cc_path:
         return
-    folder = Path(__file__).resolve().parent
     # asm_tuner.py swaps the stores of large loops for ones that bypass the cache, which no step of ours gains from.
     # Jittor reads every file that the command names to see whether it changed, so Python is not named there.
-    jittor.flags.python_path = f"sh '{folder / 'compile_operator.sh'}'"
+    jittor.flags.python_path = f"sh '{SETUP / 'compile_operator.sh'}'"
     os.environ["OVERLOCK_PYTHON"] = sys.executable
-    flags, source = jittor.flags.cc_flags, (folder / "operator_headers.h").read_text()
+    flags, source = jittor.flags.cc_flags, (SETUP / "operator_headers.h").read_text()
     header = Path(cache) / f"operators-{hashlib.sha1((flags + source).encode()).hexdigest()[:16]}.h"
     compiled, temporary = Path(f"{header}.gch"), Path(f"{header}.{os.getpid()}")
     if not header.exists():
         temporary.write_text(source)
         os.replace(temporary, header)
     if not compiled.exists():
-        options = [flag for flag in shlex.split(flags) if not flag.startswith(("-l", "-L", "-shared"))]
+        options = [
+            flag for flag in shlex.split(flags) if not flag.startswith(("-l", "-L", "-shared"))
+        ]
         command = [jittor.flags.cc_path, *options, "-x", "c++-header", header, "-o", temporary]
         if subprocess.run(command, capture_output=True).returncode == 0:
             os.replace(temporary, compiled)
@@ -161,13 +190,37 @@ def compile_operators_faster(jittor, cache):
         jittor.flags.cc_flags = f" -include'{header}' {flags}"
 
 
+@contextmanager
+def signal_handlers_kept(*signals):
+    """Leave the process's handlers of `signals` as they are. Jittor's quit without a word on Ctrl-C, and when any child
+    process is killed.
+
+    By the C library: Python's own signal.signal works in the main thread alone, and knows nothing of Jittor's handlers.
+    """
+    libc = ctypes.CDLL(None)
+    actions = {
+        number: ctypes.create_string_buffer(256) for number in signals
+    }  # struct sigaction has 152 bytes
+    for number, action in actions.items():
+        libc.sigaction(number, None, action)
+    try:
+        yield
+    finally:
+        for number, action in actions.items():
+            libc.sigaction(number, action, None)
+
+
 def import_jittor():
-    os.environ.setdefault("cache_name", "overlock")  # else the branch of the git repository around the environment
+    os.environ.setdefault(
+        "cache_name", "overlock"
+    )  # else the branch of the git repository around the environment
     os.environ.setdefault("log_silent", "1")
     # Jittor would download cuTT and CUTLASS where it finds a GPU, and does without them.
     for library in ("use_mpi", "use_cutt", "use_cutlass"):
         os.environ.setdefault(library, "0")
-    os.environ.setdefault("FIX_TORCH_ERROR", "0")  # do not load torch where it happens to be installed
+    os.environ.setdefault(
+        "FIX_TORCH_ERROR", "0"
+    )  # do not load torch where it happens to be installed
     # Jittor's core compiles faster at -O1 and runs no slower; its operators keep -Ofast, the default.
     if "cc_flags" not in os.environ:
         os.environ["cc_flags"] = " -O1 "
@@ -176,12 +229,16 @@ def import_jittor():
         numpy_version = metadata.version("numpy")
         metadata.version("jittor")
     except metadata.PackageNotFoundError as error:
-        fail(f"{error.name} is not installed in {sys.prefix}; pip install -r requirements-jittor.txt")
+        fail(
+            f"{error.name} is not installed in {sys.prefix}; pip install -r requirements-jittor.txt"
+        )
     if int(numpy_version.split(".")[0]) >= 2:
         fail("Jittor 1.3.11 computes wrongly with NumPy 2; pip install 'numpy<2'")
     headers = sysconfig.get_path("include")
     if not os.path.isfile(os.path.join(headers, "Python.h")):
-        fail(f"no Python.h in {headers}; install Python's headers (Debian: apt install python3-dev)")
+        fail(
+            f"no Python.h in {headers}; install Python's headers (Debian: apt install python3-dev)"
+        )
     if not shutil.which(os.environ.get("cc_path", "g++")):
         fail("no g++, which Jittor compiles with; install it (Debian: apt install g++)")
 
@@ -189,8 +246,12 @@ def import_jittor():
         import jittor_utils  # which makes folders
         from jittor_utils import install_cuda
     except OSError as error:
-        fail(f"Jittor cannot keep what it compiles: {error.filename}: {error.strerror}; set HOME to a folder that can be written to")
-    install_cuda.has_installation = lambda: False  # a toolkit that it downloaded once would come before nvcc_path, and update itself
+        fail(
+            f"Jittor cannot keep what it compiles: {error.filename}: {error.strerror}; set HOME to a folder that can be written to"
+        )
+    install_cuda.has_installation = lambda: (
+        False
+    )  # a toolkit that it downloaded once would come before nvcc_path, and update itself
     choose_cuda(jittor_utils.home())
     provide_onednn(jittor_utils.home())
     # Jittor asks a python3.x-config, which no virtual environment has, and may take another Python's headers.
@@ -199,12 +260,17 @@ def import_jittor():
     jittor_utils.DelayProgress = Compilation
     compiling = "OVERLOCK_COMPILES_JITTOR" in os.environ
     nvcc = os.environ["nvcc_path"]
-    core = f"cu{'.'.join(map(str, toolkit_version(nvcc)))}*/jittor_core*" if nvcc else "jittor_core*"
+    core = (
+        f"cu{'.'.join(map(str, toolkit_version(nvcc)))}*/jittor_core*" if nvcc else "jittor_core*"
+    )
     if not compiling and not list(Path(jittor_utils.cache_path).glob(core)):
         compile_jittor()
     try:
-        import jittor
-    except SystemExit:  # Jittor found its cache outdated, rebuilt a part and wants to be started again
+        with signal_handlers_kept(signal.SIGINT, signal.SIGCHLD):
+            import jittor
+    except (
+        SystemExit
+    ):  # Jittor found its cache outdated, rebuilt a part and wants to be started again
         if compiling:
             sys.exit(0)
         if "OVERLOCK_RESTARTED" in os.environ:
@@ -218,12 +284,10 @@ def import_jittor():
         jittor_utils.pool_cleanup()
         atexit.unregister(jittor_utils.pool_cleanup)
         jittor_utils.pool_size = 0  # it makes another one when it needs it
-    # Jittor's handlers quit without a word on Ctrl-C, and when any child process is killed.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # jittor_utils turns the check of certificates off for the whole process.
     ssl._create_default_https_context = ssl.create_default_context
     return jittor
 
 
 jt = import_jittor()
+nn = jt.nn

@@ -6,7 +6,7 @@
 
 namespace overlock {
 
-struct ContMix {
+struct ContMixGeometry {
     int B, heads, H, W, regions, query_dim, value_dim, K1, K2;
 
     int pixels() const { return H * W; }
@@ -16,9 +16,12 @@ struct ContMix {
     int64_t key(int b, int head) const { return ((int64_t)b * heads + head) * query_dim * regions; }
     int64_t attn(int b, int head) const { return ((int64_t)b * heads + head) * pixels() * kernels(); }
     // The first half of the channels belongs to the small window.
-    int64_t value(int b, int head, int half) const { return (((int64_t)b * 2 + half) * heads + head) * value_dim * pixels(); }
+    int64_t value(int b, int head, int half) const {
+        return (((int64_t)b * 2 + half) * heads + head) * value_dim * pixels();
+    }
 
-    // Calls visit(weight, bias, K) for each row of the window of pixel (i, j): its K weights, and K biases of the table.
+    // Calls visit(weight, bias, K) for each row of the window of pixel (i, j):
+    // its K weights, and K biases of the table.
     template <typename Visit>
     void for_window_rows(int i, int j, int K, int first_weight, int first_bias, Visit visit) const {
         const int size = 2 * K - 1;
@@ -33,18 +36,21 @@ struct ContMixScratch {
     const int64_t value_step;
     std::vector<float> key, affinity, weights, grad_affinity, grad_query, value, grad_out, rows, value_t, windows;
 
-    explicit ContMixScratch(const ContMix& c)
+    explicit ContMixScratch(const ContMixGeometry& c)
         : regions(whole_vectors(c.regions)), kernels(whole_vectors(c.kernels())), width(whole_vectors(c.value_dim)),
           query_width(whole_vectors(c.query_dim)), value_step(whole_vectors(c.pixels()) + LANES),
-          key((int64_t)std::max(c.query_dim * regions, c.regions * query_width)), affinity((int64_t)c.pixels() * regions),
-          weights((int64_t)c.pixels() * kernels), grad_affinity(affinity.size()), grad_query((int64_t)c.pixels() * query_width),
-          value((int64_t)c.pixels() * width), grad_out(value.size()), rows(value.size()), value_t(c.value_dim * value_step),
+          key((int64_t)std::max(c.query_dim * regions, c.regions * query_width)),
+          affinity((int64_t)c.pixels() * regions), weights((int64_t)c.pixels() * kernels),
+          grad_affinity(affinity.size()), grad_query((int64_t)c.pixels() * query_width),
+          value((int64_t)c.pixels() * width), grad_out(value.size()), rows(value.size()),
+          value_t(c.value_dim * value_step),
           windows(std::max(Windows{c.H, c.W, c.K1, 0}.scratch_size(), Windows{c.H, c.W, c.K2, 0}.scratch_size())) {}
 
     // Affinity (pixels, regions) of a head's query (query_dim, pixels) and key (query_dim, regions).
-    void find_affinity(const ContMix& c, const float* q, const float* k) {
+    void find_affinity(const ContMixGeometry& c, const float* q, const float* k) {
         pad_rows(k, c.regions, c.query_dim, c.regions, key.data());
-        product(q, 1, c.pixels(), key.data(), regions, nullptr, affinity.data(), regions, c.pixels(), c.query_dim, regions);
+        product(q, 1, c.pixels(), key.data(), regions, nullptr, affinity.data(), regions,
+                c.pixels(), c.query_dim, regions);
     }
 };
 
@@ -68,7 +74,7 @@ inline void softmax_backward(const float* a, float* grad, int n) {
 // query (B, heads * query_dim, H, W), key (B, heads * query_dim, regions), proj (kernels, regions), bias (kernels),
 // rpb1 (heads, 2 * K1 - 1, 2 * K1 - 1), rpb2 likewise, x like out.
 inline void contmix(const float* query, const float* key, const float* proj, const float* bias, const float* rpb1,
-                    const float* rpb2, const float* x, float* out, float* attn, const ContMix& c) {
+                    const float* rpb2, const float* x, float* out, float* attn, const ContMixGeometry& c) {
     const int P = c.pixels(), S = c.kernels(), small = c.K1 * c.K1;
     const int padded = whole_vectors(S);
     std::vector<float> proj_t((int64_t)c.regions * padded), start(padded);  // (regions, kernels)
@@ -90,7 +96,9 @@ inline void contmix(const float* query, const float* key, const float* proj, con
                         const float* raw = s.weights.data() + (int64_t)(i * c.W + j) * padded;
                         float* a = weights + (int64_t)(i * c.W + j) * S;
                         const auto add_bias = [&](const float* table) {
-                            return [=](int k, int entry, int K) { for (int q = 0; q < K; q++) a[k + q] = raw[k + q] + table[entry + q]; };
+                            return [=](int k, int entry, int K) {
+                                for (int q = 0; q < K; q++) a[k + q] = raw[k + q] + table[entry + q];
+                            };
                         };
                         c.for_window_rows(i, j, c.K1, 0, 0, add_bias(rpb1 + head * c.table(c.K1)));
                         c.for_window_rows(i, j, c.K2, small, 0, add_bias(rpb2 + head * c.table(c.K2)));
@@ -101,8 +109,8 @@ inline void contmix(const float* query, const float* key, const float* proj, con
                     const Windows windows{c.H, c.W, half ? c.K2 : c.K1, S};
                     transpose(x + c.value(b, head, half), P, c.value_dim, P, s.value.data(), s.width);
                     for (int i = 0; i < c.H; i++)
-                        windows.forward(i, weights + half * small, s.value.data(), s.rows.data() + (int64_t)i * c.W * s.width,
-                                        s.width, s.windows.data());
+                        windows.forward(i, weights + half * small, s.value.data(),
+                                        s.rows.data() + (int64_t)i * c.W * s.width, s.width, s.windows.data());
                     transpose(s.rows.data(), s.width, P, c.value_dim, out + c.value(b, head, half), P);
                 }
             }
@@ -111,8 +119,9 @@ inline void contmix(const float* query, const float* key, const float* proj, con
 
 // Gradients of all seven inputs; attn as `contmix` left it.
 inline void contmix_backward(const float* query, const float* key, const float* proj, const float* x, const float* attn,
-                             const float* grad_out, float* grad_query, float* grad_key, float* grad_proj, float* grad_bias,
-                             float* grad_rpb1, float* grad_rpb2, float* grad_x, const ContMix& c) {
+                             const float* grad_out, float* grad_query, float* grad_key, float* grad_proj,
+                             float* grad_bias, float* grad_rpb1, float* grad_rpb2, float* grad_x,
+                             const ContMixGeometry& c) {
     const int P = c.pixels(), S = c.kernels(), small = c.K1 * c.K1, R = whole_vectors(c.regions);
     const int table1 = c.table(c.K1), table2 = c.table(c.K2);
     std::vector<float> padded_proj((int64_t)S * R);
@@ -136,7 +145,8 @@ inline void contmix_backward(const float* query, const float* key, const float* 
                         const Windows windows{c.H, c.W, half ? c.K2 : c.K1, S};
                         const int64_t at = c.value(b, head, half);
                         transpose(grad_out + at, P, c.value_dim, P, s.grad_out.data(), s.width);
-                        for (int d = 0; d < c.value_dim; d++) std::copy_n(x + at + (int64_t)d * P, P, s.value_t.data() + d * s.value_step);
+                        for (int d = 0; d < c.value_dim; d++)
+                            std::copy_n(x + at + (int64_t)d * P, P, s.value_t.data() + d * s.value_step);
                         for (int i = 0; i < c.H; i++) {
                             windows.grad_attn(i, s.grad_out.data(), s.value_t.data(), s.value_step, grad + half * small,
                                               s.width, c.value_dim, s.windows.data());
@@ -152,7 +162,9 @@ inline void contmix_backward(const float* query, const float* key, const float* 
                             softmax_backward(a, g, small);
                             softmax_backward(a + small, g + small, S - small);
                             for (int k = 0; k < S; k++) sum_bias[k] += g[k];
-                            const auto sum = [=](int k, int entry, int K) { for (int q = 0; q < K; q++) sum_rpb[entry + q] += g[k + q]; };
+                            const auto sum = [=](int k, int entry, int K) {
+                                for (int q = 0; q < K; q++) sum_rpb[entry + q] += g[k + q];
+                            };
                             c.for_window_rows(i, j, c.K1, 0, 0, sum);
                             c.for_window_rows(i, j, c.K2, small, table1, sum);
                         }
@@ -162,10 +174,11 @@ inline void contmix_backward(const float* query, const float* key, const float* 
                     product(grad, S, 1, padded_proj.data(), R, nullptr, s.grad_affinity.data(), R, P, S, R);
                     float* key_t = s.key.data();  // (regions, query_dim)
                     transpose(k, c.regions, c.query_dim, c.regions, key_t, s.query_width);
-                    product(s.grad_affinity.data(), R, 1, key_t, s.query_width, nullptr, s.grad_query.data(), s.query_width,
-                            P, c.regions, s.query_width);
+                    product(s.grad_affinity.data(), R, 1, key_t, s.query_width, nullptr, s.grad_query.data(),
+                            s.query_width, P, c.regions, s.query_width);
                     transpose(s.grad_query.data(), s.query_width, P, c.query_dim, grad_query + c.query(b, head), P);
-                    product(q, P, 1, s.grad_affinity.data(), R, nullptr, key_t, R, c.query_dim, P, R);  // (query_dim, regions)
+                    // key_t becomes (query_dim, regions).
+                    product(q, P, 1, s.grad_affinity.data(), R, nullptr, key_t, R, c.query_dim, P, R);
                     for (int d = 0; d < c.query_dim; d++)
                         std::copy_n(key_t + d * R, c.regions, grad_key + c.key(b, head) + (int64_t)d * c.regions);
                 }
@@ -174,7 +187,8 @@ inline void contmix_backward(const float* query, const float* key, const float* 
     const auto total = [&](int64_t at, int first_head, int heads) {
         float sum = 0;
         for (int chunk = 0; chunk < chunks; chunk++)
-            for (int head = first_head; head < first_head + heads; head++) sum += partial[((int64_t)chunk * c.heads + head) * part + at];
+            for (int head = first_head; head < first_head + heads; head++)
+                sum += partial[((int64_t)chunk * c.heads + head) * part + at];
         return sum;
     };
     for (int k = 0; k < S; k++) {

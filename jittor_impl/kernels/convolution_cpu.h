@@ -1,6 +1,6 @@
 // Dense convolution on the CPU as a matrix product, forward and both gradients: any kernel, stride, padding, dilation.
-// Maps are (images, channels, height, width), contiguous float32. Include lanes.h, product.h and inference_cpu.h before it.
-// No atomics; sums are cut at fixed places, so the thread count changes no bit.
+// Maps are (images, channels, height, width), contiguous float32. No atomics; sums are cut at fixed places, so the
+// thread count changes no bit. Include lanes.h, product.h and inference_cpu.h before it.
 #pragma once
 
 namespace overlock {
@@ -20,7 +20,8 @@ constexpr int TILE_COLS = 16;
 
 // Columns first to first + count, channels c to c + channels, as panels of 16 columns: panel, row k, 16 floats.
 // A panel has `rows` rows, as many as channels * taps or more. Zeros fill the last panel.
-inline void pack(const Columns& g, const float* map, int64_t first, int count, int c, int channels, int rows, float* panels) {
+inline void pack(const Columns& g, const float* map, int64_t first, int count, int c, int channels, int rows,
+                 float* panels) {
     static const float zero = 0;
     const int taps = g.taps(), pixels = g.rows * g.cols;
     const int64_t plane = (int64_t)g.height * g.width;
@@ -43,7 +44,8 @@ inline void pack(const Columns& g, const float* map, int64_t first, int count, i
                 at[j] = inside ? image[j] + yy * g.width + xx : -1;
             }
             for (int h = 0; h < TILE_COLS / LANES; h++)
-                for (int e = 0; e < LANES; e++) gaps[h] |= (at[h * LANES + e] - at[h * LANES] - e) | (at[h * LANES + e] < 0);
+                for (int e = 0; e < LANES; e++)
+                    gaps[h] |= (at[h * LANES + e] - at[h * LANES] - e) | (at[h * LANES + e] < 0);
             for (int i = 0; i < channels; i++) {
                 float* row = panel + (i * taps + t) * TILE_COLS;
                 for (int h = 0; h < TILE_COLS; h += LANES) {
@@ -60,8 +62,8 @@ struct Target {
     int channels, height, width, step, y, x;
 };
 
-// target = activation(bias + matrix * columns). matrix(row, k): the product's other operand, row = channel of the target.
-// An activation is for targets with step 1.
+// target = activation(bias + matrix * columns). matrix(row, k): the product's other operand, row = channel of the
+// target. An activation is for targets with step 1.
 template <typename Matrix>
 inline void columns_product(const Columns& g, const float* map, Matrix matrix, const float* bias,
                             const Target& target, float* out, Activation activation = IDENTITY) {
@@ -71,9 +73,12 @@ inline void columns_product(const Columns& g, const float* map, Matrix matrix, c
     packed.resize(((int64_t)row_panels * depth * TILE_ROWS + LANES - 1) / LANES);
     float* a = reinterpret_cast<float*>(packed.data);
     for (int r = 0; r < target.channels; r++)
-        for (int k = 0; k < depth; k++) a[((int64_t)(r / TILE_ROWS) * depth + k) * TILE_ROWS + r % TILE_ROWS] = matrix(r, k);
+        for (int k = 0; k < depth; k++)
+            a[((int64_t)(r / TILE_ROWS) * depth + k) * TILE_ROWS + r % TILE_ROWS] = matrix(r, k);
     // A block of columns stays in the second-level cache; there are some blocks for each thread.
-    const int64_t block = std::max<int64_t>(1, std::min<int64_t>({65536 / std::max(1, depth), 256, columns / 32}) / TILE_COLS) * TILE_COLS;
+    const int64_t block =
+        std::max<int64_t>(1, std::min<int64_t>({65536 / std::max(1, depth), 256, columns / 32}) / TILE_COLS)
+        * TILE_COLS;
     const int64_t blocks = (columns + block - 1) / block;
     #pragma omp parallel
     {
@@ -96,7 +101,8 @@ inline void columns_product(const Columns& g, const float* map, Matrix matrix, c
                     Lanes sum[TILE_ROWS][2];
                     for (int i = 0; i < TILE_ROWS; i++)
                         sum[i][0] = sum[i][1] = Lanes{} + (bias && r + i < target.channels ? bias[r + i] : 0.f);
-                    add_products<TILE_ROWS, 2>(a + (int64_t)r * depth, 1, TILE_ROWS, b + (int64_t)start * depth, TILE_COLS, LANES, depth, sum);
+                    add_products<TILE_ROWS, 2>(a + (int64_t)r * depth, 1, TILE_ROWS,
+                                               b + (int64_t)start * depth, TILE_COLS, LANES, depth, sum);
                     for (int i = 0; i < std::min(TILE_ROWS, target.channels - r); i++) {
                         float* row = out + (r + i) * plane;
                         for (int h = 0; h < 2; h++) {
@@ -176,7 +182,8 @@ inline void convolution_grad_x(const float* grad_y, const float* weight, float* 
 // 16 rows of 16 columns -> 16 columns of 16 rows.
 inline void transpose16(const float* source, float* target) {
     for (int i = 0; i < TILE_COLS; i += 8)
-        for (int j = 0; j < TILE_COLS; j += 8) transpose8(source + i * TILE_COLS + j, TILE_COLS, target + j * TILE_COLS + i, TILE_COLS);
+        for (int j = 0; j < TILE_COLS; j += 8)
+            transpose8(source + i * TILE_COLS + j, TILE_COLS, target + j * TILE_COLS + i, TILE_COLS);
 }
 
 // grad_weight (out, in, kernel_h, kernel_w) and, unless null, grad_bias (out).
@@ -189,7 +196,8 @@ inline void convolution_grad_weight(const float* x, const float* grad_y, float* 
     const int block = 256;  // columns packed at a time
     const int chunks = std::max<int64_t>(1, std::min<int64_t>({16, (columns + block - 1) / block, (1 << 23) / size}));
     const int group = std::max(1, std::min(c.in_channels, 256 / taps)), groups = (c.in_channels + group - 1) / group;
-    const int a_rows = (outs + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS, b_rows = (group * taps + TILE_COLS - 1) / TILE_COLS * TILE_COLS;
+    const int a_rows = (outs + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS,
+              b_rows = (group * taps + TILE_COLS - 1) / TILE_COLS * TILE_COLS;
     std::vector<float> partial(chunks * size), partial_bias((int64_t)chunks * outs);
     #pragma omp parallel
     {
@@ -216,7 +224,8 @@ inline void convolution_grad_weight(const float* x, const float* grad_y, float* 
                             Lanes sum[TILE_ROWS][2] = {};
                             for (int start = 0; start < count; start += TILE_COLS)
                                 add_products<TILE_ROWS, 2>(pa + (int64_t)start * a_rows + r * TILE_COLS, TILE_COLS, 1,
-                                                           pt + (int64_t)start * b_rows + k * TILE_COLS, TILE_COLS, LANES, TILE_COLS, sum);
+                                                           pt + (int64_t)start * b_rows + k * TILE_COLS, TILE_COLS,
+                                                           LANES, TILE_COLS, sum);
                             for (int i = 0; i < std::min(TILE_ROWS, outs - r); i++)
                                 for (int e = 0; e < std::min(TILE_COLS, channels * taps - k); e++)
                                     sums[(int64_t)(r + i) * depth + k + e] += sum[i][e / LANES][e % LANES];
@@ -224,7 +233,8 @@ inline void convolution_grad_weight(const float* x, const float* grad_y, float* 
                     for (int r = 0; grad_bias && nth == 0 && r < outs; r++) {
                         Lanes sum = {};
                         for (int start = 0; start < count; start += TILE_COLS)
-                            for (int h = 0; h < 2; h++) sum += a.data[((int64_t)start * a_rows + r * TILE_COLS) / LANES + h];
+                            for (int h = 0; h < 2; h++)
+                                sum += a.data[((int64_t)start * a_rows + r * TILE_COLS) / LANES + h];
                         for (int e = 0; e < LANES; e++) partial_bias[(int64_t)chunk * outs + r] += sum[e];
                     }
                 }

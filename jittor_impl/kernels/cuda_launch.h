@@ -1,6 +1,6 @@
-// How our CUDA sources launch kernels and name their shared memory. Tests define both otherwise and run the kernels on a CPU.
-// Kernels are templates of the type T of the maps: float, half or bfloat16. They convert each number as they read and write
-// it; shared memory, sums and all arithmetic are float32.
+// How our CUDA sources launch kernels and name their shared memory. Tests define both otherwise and run the kernels on
+// a CPU. Kernels are templates of the type T of the maps: float, half or bfloat16. They convert each number as they
+// read and write it; shared memory, sums and all arithmetic are float32.
 #pragma once
 #include <cstdint>
 
@@ -13,6 +13,8 @@
 namespace overlock {
 
 // Blocks for `total` items, so many to a block; one if there is none, since no grid may be empty.
-inline int blocks_of(int64_t total, int per_block) { return total < 1 ? 1 : (int)((total + per_block - 1) / per_block); }
+inline int blocks_of(int64_t total, int per_block) {
+    return total < 1 ? 1 : (int)((total + per_block - 1) / per_block);
+}
 
 }  // namespace overlock

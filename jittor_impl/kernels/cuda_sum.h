@@ -7,8 +7,9 @@ namespace overlock {
 constexpr int SUM_THREADS = 256;  // threads of the blocks that sum, each with a float of shared memory
 constexpr size_t SUM_BYTES = SUM_THREADS * sizeof(float);
 
-// The sum of `value` over a group of threads, for each of them. A group is `lanes` threads (a power of 2) that stand `stride`
-// apart. Pairs are summed, then pairs of pairs: the order never changes, and the rounding error grows with log2(lanes) alone.
+// The sum of `value` over a group of threads, for each of them. A group is `lanes` threads (a power of 2) that stand
+// `stride` apart. Pairs are summed, then pairs of pairs: the order never changes, and the rounding error grows with
+// log2(lanes) alone.
 // To be called by all threads of the block; `shared` holds a float of each and is free again afterwards.
 __device__ inline float group_sum(float value, int lanes, int stride, float* shared) {
     const int lane = threadIdx.x / stride % lanes;

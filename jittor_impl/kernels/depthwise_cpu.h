@@ -1,6 +1,7 @@
 // Depthwise convolution on the CPU, stride 1, padding that keeps the size, any odd kernel and dilation:
 // forward and both gradients. x, y (B, C, H, W), weight (C, K, K), bias (C), all contiguous float32.
-// Include lanes.h and inference_cpu.h before it. No atomics; sums are cut at fixed places, so the thread count changes no bit.
+// No atomics; sums are cut at fixed places, so the thread count changes no bit.
+// Include lanes.h and inference_cpu.h before it.
 #pragma once
 
 namespace overlock {
@@ -69,8 +70,8 @@ inline void convolve(const Taps& taps, const Lanes* framed, const Lanes* weight,
 
 // y = x * weight (+ bias) (+ x if residual). flip: correlate with the kernel turned by 180 degrees, which turns
 // the forward pass into the gradient with respect to x.
-inline void depthwise(const float* x, const float* weight, const float* bias, float* y, int B, int C, int H, int W, int K,
-                      int dilation, bool residual, bool flip, Activation activation = IDENTITY) {
+inline void depthwise(const float* x, const float* weight, const float* bias, float* y, int B, int C, int H, int W,
+                      int K, int dilation, bool residual, bool flip, Activation activation = IDENTITY) {
     const Taps taps(H, W, K, dilation);
     const int groups = (C + LANES - 1) / LANES;
     const int64_t pixels = (int64_t)H * W;
@@ -79,7 +80,8 @@ inline void depthwise(const float* x, const float* weight, const float* bias, fl
     for (int c = 0; c < C; c++)
         for (int k = 0; k < taps.count; k++) {
             const int tap = flip ? K * K - 1 - taps.index[k] : taps.index[k];
-            reinterpret_cast<float*>(weights.data + (int64_t)(c / LANES) * taps.count + k)[c % LANES] = weight[c * K * K + tap];
+            reinterpret_cast<float*>(weights.data + (int64_t)(c / LANES) * taps.count + k)[c % LANES] =
+                weight[c * K * K + tap];
         }
     #pragma omp parallel
     {
@@ -167,7 +169,8 @@ inline void depthwise_grad_weight(const float* x, const float* grad_y, float* gr
         for (int k = 0; k < sums; k++) {
             float total = 0;
             for (int chunk = 0; chunk < chunks; chunk++)
-                total += reinterpret_cast<float*>(partial.data + ((int64_t)chunk * groups + c / LANES) * sums + k)[c % LANES];
+                total += reinterpret_cast<float*>(
+                    partial.data + ((int64_t)chunk * groups + c / LANES) * sums + k)[c % LANES];
             if (k < taps.count) grad_weight[(int64_t)c * K * K + taps.index[k]] = total;
             else if (grad_bias) grad_bias[c] = total;
         }
@@ -181,8 +184,8 @@ struct Branch {
     Norm norm;
 };
 
-// y in inference: the sum of all branches as one convolution by a merged kernel of the first branch's size (UniRepLKNet's
-// dilated reparam block), and an activation.
+// y in inference: the sum of all branches as one convolution by a merged kernel of the first branch's size
+// (UniRepLKNet's dilated reparam block), and an activation.
 inline void merged_depthwise(const float* x, const Branch* branches, int count, Activation activation, float* y,
                              int B, int C, int H, int W) {
     const int K = branches[0].kernel;

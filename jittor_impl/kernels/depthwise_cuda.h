@@ -1,8 +1,9 @@
 // Depthwise convolution on the GPU, forward and both gradients; arguments as in depthwise_cpu.h, all of one type T.
 // No atomics: every number is summed by one thread or in one order, so that a run can be repeated bit by bit.
-// A thread computes a strip of 4 numbers: 4 pixels of a row, or the gradients of 4 taps of a row, so that what it loads from
-// shared memory serves several multiply-adds. Undilated, neighbours share all but one value: 2 loads to 4 multiply-adds
-// forward, 11 to 16 for the taps, where a number to a thread takes 2 to each. Include cuda_launch.h before it.
+// A thread computes a strip of 4 numbers: 4 pixels of a row, or the gradients of 4 taps of a row, so that what it loads
+// from shared memory serves several multiply-adds. Undilated, neighbours share all but one value: 2 loads to 4
+// multiply-adds forward, 11 to 16 for the taps, where a number to a thread takes 2 to each.
+// Include cuda_launch.h before it.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -24,14 +25,16 @@ __device__ void load_tile(const T* map, int H, int W, int top, int left, int sid
 // Grid: (tiles, C, B); a thread for each strip of a tile.
 template <typename T>
 __global__ void depthwise_kernel(const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
-                                 T* __restrict__ y, int C, int H, int W, int K, int dilation, bool residual, bool flip) {
+                                 T* __restrict__ y, int C, int H, int W, int K, int dilation,
+                                 bool residual, bool flip) {
     OVERLOCK_SHARED(shared);
     const int taps = K * K, reach = dilation * (K / 2), side = DEPTHWISE_SIDE + 2 * reach, c = blockIdx.y;
     const int tiles_w = (W + DEPTHWISE_SIDE - 1) / DEPTHWISE_SIDE;
     const int top = blockIdx.x / tiles_w * DEPTHWISE_SIDE, left = blockIdx.x % tiles_w * DEPTHWISE_SIDE;
     const int64_t start = ((int64_t)blockIdx.z * C + c) * H * W;
     float *w = shared, *tile = shared + taps;
-    for (int k = threadIdx.x; k < taps; k += blockDim.x) w[k] = (float)weight[(int64_t)c * taps + (flip ? taps - 1 - k : k)];
+    for (int k = threadIdx.x; k < taps; k += blockDim.x)
+        w[k] = (float)weight[(int64_t)c * taps + (flip ? taps - 1 - k : k)];
     load_tile(x + start, H, W, top - reach, left - reach, side, tile);
     __syncthreads();
     const int i = threadIdx.x / (DEPTHWISE_SIDE / STRIP), j = threadIdx.x % (DEPTHWISE_SIDE / STRIP) * STRIP;
@@ -53,17 +56,20 @@ __global__ void depthwise_kernel(const T* __restrict__ x, const T* __restrict__ 
     }
 }
 
-// Grid: (C, chunks of the batch). partial (chunks, C, K*K + 1); the last sum is the bias'. As many groups of threads as fit share
-// the pixels: each takes every so manieth strip of 4 pixels of a tile, and the groups are summed up in their order. The last
-// strip of a row of taps may have taps beyond the kernel: they read what lies behind, within shared memory, and are dropped.
+// Grid: (C, chunks of the batch). partial (chunks, C, K*K + 1); the last sum is the bias'. As many groups of threads as
+// fit share the pixels: each takes every so manieth strip of 4 pixels of a tile, and the groups are summed up in their
+// order. The last strip of a row of taps may have taps beyond the kernel: they read what lies behind, within shared
+// memory, and are dropped.
 template <typename T>
-__global__ void depthwise_grad_weight_kernel(const T* __restrict__ x, const T* __restrict__ grad_y, float* __restrict__ partial,
+__global__ void depthwise_grad_weight_kernel(const T* __restrict__ x, const T* __restrict__ grad_y,
+                                             float* __restrict__ partial,
                                              int B, int C, int H, int W, int K, int dilation) {
     OVERLOCK_SHARED(shared);
     const int sums = K * K + 1, reach = dilation * (K / 2), side = DEPTHWISE_SIDE + 2 * reach, c = blockIdx.x;
     // The strips that the taps make, and one more thread, which sums the bias' gradient.
     const int per_row = (K + STRIP - 1) / STRIP, strips = K * per_row, groups = TAP_THREADS / (strips + 1);
-    const int group = threadIdx.x / (strips + 1), strip = threadIdx.x % (strips + 1), p = strip / per_row, q = strip % per_row * STRIP;
+    const int group = threadIdx.x / (strips + 1), strip = threadIdx.x % (strips + 1),
+              p = strip / per_row, q = strip % per_row * STRIP;
     const int first = (int64_t)blockIdx.y * B / gridDim.y, end = (int64_t)(blockIdx.y + 1) * B / gridDim.y;
     float *tile = shared, *grad = tile + side * side;
     float sum[STRIP] = {0};
@@ -104,8 +110,8 @@ __global__ void depthwise_grad_weight_kernel(const T* __restrict__ x, const T* _
 }
 
 template <typename T>
-__global__ void depthwise_sum_kernel(const float* __restrict__ partial, T* __restrict__ grad_weight, T* __restrict__ grad_bias,
-                                     int chunks, int C, int taps) {
+__global__ void depthwise_sum_kernel(const float* __restrict__ partial, T* __restrict__ grad_weight,
+                                     T* __restrict__ grad_bias, int chunks, int C, int taps) {
     const int id = blockIdx.x * blockDim.x + threadIdx.x;
     if (id >= C * (taps + 1)) return;
     float total = 0;
@@ -128,12 +134,13 @@ void depthwise(const T* x, const T* weight, const T* bias, T* y, int B, int C, i
 
 // grad_bias: null for none. partial: scratch memory, (chunks, C, K*K + 1).
 template <typename T>
-void depthwise_grad_weight(const T* x, const T* grad_y, T* grad_weight, T* grad_bias, float* partial, int B, int C, int H, int W,
-                           int K, int dilation, int chunks, cudaStream_t stream) {
+void depthwise_grad_weight(const T* x, const T* grad_y, T* grad_weight, T* grad_bias, float* partial,
+                           int B, int C, int H, int W, int K, int dilation, int chunks, cudaStream_t stream) {
     const int side = DEPTHWISE_SIDE + 2 * dilation * (K / 2), tiles = side * side + DEPTHWISE_PIXELS;
     const size_t bytes = std::max(tiles, TAP_THREADS * STRIP) * sizeof(float);
     const dim3 grid(C, chunks);
-    OVERLOCK_LAUNCH(depthwise_grad_weight_kernel, grid, TAP_THREADS, bytes, stream, x, grad_y, partial, B, C, H, W, K, dilation);
+    OVERLOCK_LAUNCH(depthwise_grad_weight_kernel, grid, TAP_THREADS, bytes, stream,
+                    x, grad_y, partial, B, C, H, W, K, dilation);
     OVERLOCK_LAUNCH(depthwise_sum_kernel, blocks_of(C * (K * K + 1), TAP_THREADS), TAP_THREADS, 0, stream,
                     partial, grad_weight, grad_bias, chunks, C, K * K);
 }

@@ -1,5 +1,5 @@
-// GRN on the GPU, forward and backward; formulas as in norm_cpu.h. Maps (B, C, P) of type T, P = H*W; gamma and beta of type
-// Param; norms (B, C), sums and arithmetic in float32. Include cuda_launch.h and cuda_sum.h before it.
+// GRN on the GPU, forward and backward; formulas as in norm_cpu.h. Maps (B, C, P) of type T, P = H*W; gamma and beta of
+// type Param; norms (B, C), sums and arithmetic in float32. Include cuda_launch.h and cuda_sum.h before it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -21,7 +21,8 @@ struct MapPixels {
 inline int map_lanes(int64_t P) { return P <= 1024 ? 32 : SUM_THREADS; }
 
 template <typename T>
-__global__ void grn_norms_kernel(const T* __restrict__ x, float* __restrict__ norms, int64_t maps, int64_t P, int lanes) {
+__global__ void grn_norms_kernel(const T* __restrict__ x, float* __restrict__ norms, int64_t maps, int64_t P,
+                                 int lanes) {
     OVERLOCK_SHARED(shared);
     const MapPixels mine(maps, P, lanes);
     float sum = 0;
@@ -48,8 +49,8 @@ __global__ void grn_dots_kernel(const T* __restrict__ x, const T* __restrict__ g
     dots[mine.map * 2 + 1] = sum;
 }
 
-// A block for each image; images (B, 2): 1 / (mean of the norms + 1e-6), and d loss / d norm through that mean, negative, given
-// the dots; without dots 0.
+// A block for each image; images (B, 2): 1 / (mean of the norms + 1e-6), and d loss / d norm through that mean,
+// negative, given the dots; without dots 0.
 template <typename Param>
 __global__ void grn_images_kernel(const float* __restrict__ norms, const float* __restrict__ dots,
                                   const Param* __restrict__ gamma, float* __restrict__ images, int C) {
@@ -69,8 +70,9 @@ __global__ void grn_images_kernel(const float* __restrict__ norms, const float* 
 }
 
 template <typename T, typename Param>
-__global__ void grn_apply_kernel(const T* __restrict__ x, const Param* __restrict__ gamma, const Param* __restrict__ beta,
-                                 const float* __restrict__ norms, const float* __restrict__ images, T* __restrict__ y,
+__global__ void grn_apply_kernel(const T* __restrict__ x, const Param* __restrict__ gamma,
+                                 const Param* __restrict__ beta, const float* __restrict__ norms,
+                                 const float* __restrict__ images, T* __restrict__ y,
                                  int64_t maps, int C, int64_t P, int lanes) {
     const MapPixels mine(maps, P, lanes);
     if (mine.map >= maps) return;
@@ -80,8 +82,9 @@ __global__ void grn_apply_kernel(const T* __restrict__ x, const Param* __restric
 }
 
 template <typename T, typename Param>
-__global__ void grn_grad_x_kernel(const T* __restrict__ x, const Param* __restrict__ gamma, const float* __restrict__ norms,
-                                  const float* __restrict__ dots, const float* __restrict__ images, const T* __restrict__ grad_y,
+__global__ void grn_grad_x_kernel(const T* __restrict__ x, const Param* __restrict__ gamma,
+                                  const float* __restrict__ norms, const float* __restrict__ dots,
+                                  const float* __restrict__ images, const T* __restrict__ grad_y,
                                   T* __restrict__ grad_x, int64_t maps, int C, int64_t P, int lanes) {
     const MapPixels mine(maps, P, lanes);
     if (mine.map >= maps) return;
@@ -89,7 +92,8 @@ __global__ void grn_grad_x_kernel(const T* __restrict__ x, const Param* __restri
     const float weight = (float)gamma[mine.map % C] * inverse, scale = weight * norm + 1;
     // d norm / d x = x / norm, 0 at 0.
     const float along = norm > 0 ? (dots[mine.map * 2] * weight - through_mean) / norm : 0;
-    for (int64_t i = mine.first; i < mine.end; i += lanes) grad_x[i] = (T)(scale * (float)grad_y[i] + along * (float)x[i]);
+    for (int64_t i = mine.first; i < mine.end; i += lanes)
+        grad_x[i] = (T)(scale * (float)grad_y[i] + along * (float)x[i]);
 }
 
 // A thread for each channel.
@@ -118,7 +122,8 @@ void grn(const T* x, const Param* gamma, const Param* beta, T* y, float* norms, 
     const float* no_dots = nullptr;
     OVERLOCK_LAUNCH(grn_norms_kernel, blocks, SUM_THREADS, SUM_BYTES, stream, x, norms, maps, P, lanes);
     OVERLOCK_LAUNCH(grn_images_kernel, B, SUM_THREADS, SUM_BYTES, stream, norms, no_dots, gamma, images, C);
-    OVERLOCK_LAUNCH(grn_apply_kernel, blocks, SUM_THREADS, 0, stream, x, gamma, beta, norms, images, y, maps, C, P, lanes);
+    OVERLOCK_LAUNCH(grn_apply_kernel, blocks, SUM_THREADS, 0, stream, x, gamma, beta, norms, images, y,
+                    maps, C, P, lanes);
 }
 
 // dots and images: scratch memory, (B, C, 2) and (B, 2).

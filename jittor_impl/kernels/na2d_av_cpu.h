@@ -25,38 +25,43 @@ struct Windows {
                 std::fill(scratch, scratch + TILE_ROWS * K * span, 0.f);
                 for (int t = 0; t < n; t++)
                     for (int p = 0; p < K; p++)
-                        std::copy_n(weights + t * attn_step + p * K, K, scratch + (t * K + p) * span + first_col(j + t) - left);
+                        std::copy_n(weights + t * attn_step + p * K, K,
+                                    scratch + (t * K + p) * span + first_col(j + t) - left);
                 weights = scratch;
             }
             const int64_t step = weights == scratch ? K * span : attn_step;
             int c = 0;
             for (; c + 2 * LANES <= width; c += 2 * LANES)
-                forward_tile<2>(weights, step, span, value + ((int64_t)row * W + left) * width + c, out + (int64_t)j * width + c, width, n);
+                forward_tile<2>(weights, step, span, value + ((int64_t)row * W + left) * width + c,
+                                out + (int64_t)j * width + c, width, n);
             if (c < width)
-                forward_tile<1>(weights, step, span, value + ((int64_t)row * W + left) * width + c, out + (int64_t)j * width + c, width, n);
+                forward_tile<1>(weights, step, span, value + ((int64_t)row * W + left) * width + c,
+                                out + (int64_t)j * width + c, width, n);
         }
     }
 
     template <int V>
-    void forward_tile(const float* weights, int64_t step, int span, const float* value, float* out, int width, int n) const {
+    void forward_tile(const float* weights, int64_t step, int span, const float* value, float* out, int width,
+                      int n) const {
         Lanes sum[TILE_ROWS][V] = {};
         for (int p = 0; p < K; p++)
-            add_products<TILE_ROWS, V>(weights + p * span, step, 1, value + (int64_t)p * W * width, width, LANES, span, sum);
+            add_products<TILE_ROWS, V>(weights + p * span, step, 1, value + (int64_t)p * W * width, width, LANES,
+                                       span, sum);
         for (int t = 0; t < n; t++)
             for (int v = 0; v < V; v++) *reinterpret_cast<Unaligned*>(out + t * width + v * LANES) = sum[t][v];
     }
 
     // Row i of grad_attn: grad_attn[i, j, p*K + q] = <grad_out[i, j], value[r(i) + p, c(j) + q]>.
     // grad_out (H, W, width), value_t (dim, H*W + padding), rows value_step apart.
-    void grad_attn(int i, const float* grad_out, const float* value_t, int64_t value_step, float* grad, int width, int dim,
-                   float* scratch) const {
+    void grad_attn(int i, const float* grad_out, const float* value_t, int64_t value_step, float* grad, int width,
+                   int dim, float* scratch) const {
         const int row = first_row(i);
         for (int j = 0; j < W; j += TILE_ROWS) {
             const int n = std::min(TILE_ROWS, W - j), left = first_col(j), span = first_col(j + n - 1) + K - left;
             const int step = whole_vectors(span);
             for (int p = 0; p < K; p++) {
-                product(grad_out + ((int64_t)i * W + j) * width, width, 1, value_t + (int64_t)(row + p) * W + left, value_step,
-                        nullptr, scratch, step, n, dim, step);
+                product(grad_out + ((int64_t)i * W + j) * width, width, 1, value_t + (int64_t)(row + p) * W + left,
+                        value_step, nullptr, scratch, step, n, dim, step);
                 for (int t = 0; t < n; t++)
                     std::copy_n(scratch + t * step + first_col(j + t) - left, K,
                                 grad + ((int64_t)i * W + j + t) * attn_step + p * K);
@@ -69,13 +74,15 @@ struct Windows {
         for (int x = 0; x < W; x += TILE_ROWS) {
             const int n = std::min(TILE_ROWS, W - x);
             int c = 0;
-            for (; c + 2 * LANES <= width; c += 2 * LANES) grad_value_tile<2>(y, x, n, attn, grad_out + c, grad + c, width, scratch);
+            for (; c + 2 * LANES <= width; c += 2 * LANES)
+                grad_value_tile<2>(y, x, n, attn, grad_out + c, grad + c, width, scratch);
             if (c < width) grad_value_tile<1>(y, x, n, attn, grad_out + c, grad + c, width, scratch);
         }
     }
 
     template <int V>
-    void grad_value_tile(int y, int x, int n, const float* attn, const float* grad_out, float* grad, int width, float* scratch) const {
+    void grad_value_tile(int y, int x, int n, const float* attn, const float* grad_out, float* grad, int width,
+                         float* scratch) const {
         const int first_j = first_query(x, W, K), last_j = last_query(x + n - 1, W, K), last_i = last_query(y, H, K);
         Lanes sum[TILE_ROWS][V] = {};
         for (int i = first_query(y, H, K); i <= last_i; i++) {
@@ -86,8 +93,8 @@ struct Windows {
                 const float* weights = attn + ((int64_t)i * W + j) * attn_step + p * K + shift;
                 for (int t = 0; t < TILE_ROWS; t++) column[t] = shift + t >= 0 && shift + t < K ? weights[t] : 0.f;
             }
-            add_products<TILE_ROWS, V>(scratch, 1, TILE_ROWS, grad_out + ((int64_t)i * W + first_j) * width, width, LANES,
-                                       last_j - first_j + 1, sum);
+            add_products<TILE_ROWS, V>(scratch, 1, TILE_ROWS, grad_out + ((int64_t)i * W + first_j) * width, width,
+                                       LANES, last_j - first_j + 1, sum);
         }
         for (int t = 0; t < n; t++)
             for (int v = 0; v < V; v++)
@@ -103,11 +110,13 @@ inline void pad_pixels(const float* map, int64_t pixels, int dim, float* padded)
     #pragma omp parallel for schedule(static)
     for (int64_t chunk = 0; chunk < (pixels + 255) / 256; chunk++) {
         const int64_t first = chunk * 256;
-        pad_rows(map + first * dim, dim, std::min<int64_t>(256, pixels - first), dim, padded + first * whole_vectors(dim));
+        pad_rows(map + first * dim, dim, std::min<int64_t>(256, pixels - first), dim,
+                 padded + first * whole_vectors(dim));
     }
 }
 
-// Runs work(n, i, scratch, row) for every row i of every map n; scratch and row, of row_size floats, are the thread's own.
+// Runs work(n, i, scratch, row) for every row i of every map n; scratch and row, of row_size floats, are
+// the thread's own.
 template <typename Work>
 inline void for_rows(int64_t N, const Windows& windows, int64_t row_size, Work work) {
     #pragma omp parallel
@@ -131,23 +140,28 @@ struct PaddedMap {
     }
 };
 
-// Makes out (N, H, W, dim) row by row from map (N, H, W, dim): make_row(n, i, map n, row, width, scratch), with the channels of
-// both filled up to whole vectors, `width` floats.
+// Makes out (N, H, W, dim) row by row from map (N, H, W, dim): make_row(n, i, map n, row, width, scratch), with the
+// channels of both filled up to whole vectors, `width` floats.
 template <typename MakeRow>
-inline void for_padded_rows(int64_t N, const Windows& windows, int dim, const float* map, float* out, MakeRow make_row) {
+inline void for_padded_rows(int64_t N, const Windows& windows, int dim, const float* map, float* out,
+                            MakeRow make_row) {
     const int width = whole_vectors(dim);
     const int64_t pixels = (int64_t)windows.H * windows.W;
     const PaddedMap padded(map, N * pixels, dim);
-    for_rows(N, windows, width == dim ? 0 : (int64_t)windows.W * width, [&](int64_t n, int i, float* scratch, float* row) {
+    for_rows(N, windows, width == dim ? 0 : (int64_t)windows.W * width,
+             [&](int64_t n, int i, float* scratch, float* row) {
         float* target = out + (n * pixels + (int64_t)i * windows.W) * dim;
         make_row(n, i, padded.data + n * pixels * width, width == dim ? target : row, width, scratch);
-        for (int j = 0; width != dim && j < windows.W; j++) std::copy_n(row + (int64_t)j * width, dim, target + (int64_t)j * dim);
+        for (int j = 0; width != dim && j < windows.W; j++)
+            std::copy_n(row + (int64_t)j * width, dim, target + (int64_t)j * dim);
     });
 }
 
-inline void na2d_av_forward(const float* attn, const float* value, float* out, int64_t N, int H, int W, int K, int dim) {
+inline void na2d_av_forward(const float* attn, const float* value, float* out,
+                            int64_t N, int H, int W, int K, int dim) {
     const Windows windows{H, W, K, K * K};
-    for_padded_rows(N, windows, dim, value, out, [&](int64_t n, int i, const float* map, float* row, int width, float* scratch) {
+    for_padded_rows(N, windows, dim, value, out,
+                    [&](int64_t n, int i, const float* map, float* row, int width, float* scratch) {
         windows.forward(i, attn + n * H * W * K * K, map, row, width, scratch);
     });
 }
@@ -158,7 +172,8 @@ inline void na2d_av_grad_attn(const float* grad_out, const float* value, float* 
     const int64_t pixels = (int64_t)H * W, step = whole_vectors(pixels) + LANES;
     std::vector<float> value_t(N * dim * step);
     #pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < N; n++) transpose(value + n * pixels * dim, dim, pixels, dim, value_t.data() + n * dim * step, step);
+    for (int64_t n = 0; n < N; n++)
+        transpose(value + n * pixels * dim, dim, pixels, dim, value_t.data() + n * dim * step, step);
     for_rows(N, windows, 0, [&](int64_t n, int i, float* scratch, float*) {
         windows.grad_attn(i, grad_out + n * pixels * dim, value_t.data() + n * dim * step, step,
                           grad_attn + n * pixels * K * K, dim, dim, scratch);
@@ -168,7 +183,8 @@ inline void na2d_av_grad_attn(const float* grad_out, const float* value, float* 
 inline void na2d_av_grad_value(const float* attn, const float* grad_out, float* grad_value,
                                int64_t N, int H, int W, int K, int dim) {
     const Windows windows{H, W, K, K * K};
-    for_padded_rows(N, windows, dim, grad_out, grad_value, [&](int64_t n, int y, const float* map, float* row, int width, float* scratch) {
+    for_padded_rows(N, windows, dim, grad_out, grad_value,
+                    [&](int64_t n, int y, const float* map, float* row, int width, float* scratch) {
         windows.grad_value(y, attn + n * H * W * K * K, map, row, width, scratch);
     });
 }

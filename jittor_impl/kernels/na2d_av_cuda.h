@@ -12,7 +12,8 @@ namespace overlock {
 template <typename T>
 __global__ void na2d_av_forward_kernel(const T* __restrict__ attn, const T* __restrict__ value,
                                        T* __restrict__ out, int64_t total, int H, int W, int K, int dim) {
-    for (int64_t id = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; id < total; id += (int64_t)gridDim.x * blockDim.x) {
+    for (int64_t id = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; id < total;
+         id += (int64_t)gridDim.x * blockDim.x) {
         const int d = id % dim;
         const int64_t pixel = id / dim;
         const int j = pixel % W, i = pixel / W % H;
@@ -30,7 +31,8 @@ __global__ void na2d_av_forward_kernel(const T* __restrict__ attn, const T* __re
 template <typename T>
 __global__ void na2d_av_grad_attn_kernel(const T* __restrict__ grad_out, const T* __restrict__ value,
                                          T* __restrict__ grad_attn, int64_t total, int H, int W, int K, int dim) {
-    for (int64_t id = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; id < total; id += (int64_t)gridDim.x * blockDim.x) {
+    for (int64_t id = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; id < total;
+         id += (int64_t)gridDim.x * blockDim.x) {
         const int q = id % K, p = id / K % K;
         const int64_t pixel = id / (K * K);
         const int j = pixel % W, i = pixel / W % H;
@@ -47,7 +49,8 @@ __global__ void na2d_av_grad_attn_kernel(const T* __restrict__ grad_out, const T
 template <typename T>
 __global__ void na2d_av_grad_value_kernel(const T* __restrict__ attn, const T* __restrict__ grad_out,
                                           T* __restrict__ grad_value, int64_t total, int H, int W, int K, int dim) {
-    for (int64_t id = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; id < total; id += (int64_t)gridDim.x * blockDim.x) {
+    for (int64_t id = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; id < total;
+         id += (int64_t)gridDim.x * blockDim.x) {
         const int d = id % dim;
         const int64_t pixel = id / dim;
         const int x = pixel % W, y = pixel / W % H;
@@ -64,18 +67,21 @@ __global__ void na2d_av_grad_value_kernel(const T* __restrict__ attn, const T* _
     }
 }
 
-// For maps of some size, the forward pass and grad_value in tiles of 8 x 16 pixels. What the tile's pixels read of a map is put
-// into shared memory once, some channels at a time: a 7 x 7 window of 49 loads becomes 14 * 22 / 128 = 2.4. A thread sums 4
-// pixels of a row by 4 channels, so that 4 values and 4 weights serve up to 16 multiply-adds.
+// For maps of some size, the forward pass and grad_value in tiles of 8 x 16 pixels. What the tile's pixels read of a
+// map is put into shared memory once, some channels at a time: a 7 x 7 window of 49 loads becomes 14 * 22 / 128 = 2.4.
+// A thread sums 4 pixels of a row by 4 channels, so that 4 values and 4 weights serve up to 16 multiply-adds.
 constexpr int TILE_H = 8, TILE_W = 16, NA2D_STRIP = 4;
 
-// The channels of a thread stand `groups` apart, and pixels channels + 1: threads side by side read other banks of shared memory.
+// The channels of a thread stand `groups` apart, and pixels channels + 1: threads side by side
+// read other banks of shared memory.
 struct Tile {
     int64_t n;
-    int top, left, bottom, right, i, j, last, first_channel, channel, groups, step;  // j to last: the thread's pixels of row i
+    // j to last: the thread's pixels of row i.
+    int top, left, bottom, right, i, j, last, first_channel, channel, groups, step;
 
     __device__ Tile(int H, int W, int channels) : groups(channels / NA2D_STRIP), step(channels + 1) {
-        const int tiles_w = (W + TILE_W - 1) / TILE_W, tiles = (H + TILE_H - 1) / TILE_H * tiles_w, strip = threadIdx.x / groups;
+        const int tiles_w = (W + TILE_W - 1) / TILE_W, tiles = (H + TILE_H - 1) / TILE_H * tiles_w,
+                  strip = threadIdx.x / groups;
         n = blockIdx.x / tiles;
         top = blockIdx.x % tiles / tiles_w * TILE_H;
         left = blockIdx.x % tiles_w * TILE_W;
@@ -112,8 +118,8 @@ struct Tile {
 };
 
 template <typename T>
-__global__ void na2d_av_forward_tiled_kernel(const T* __restrict__ attn, const T* __restrict__ value, T* __restrict__ out,
-                                             int H, int W, int K, int dim, int channels) {
+__global__ void na2d_av_forward_tiled_kernel(const T* __restrict__ attn, const T* __restrict__ value,
+                                             T* __restrict__ out, int H, int W, int K, int dim, int channels) {
     OVERLOCK_SHARED(shared);
     const Tile tile(H, W, channels);
     const Span rows = windows_of(tile.top, tile.bottom, H, K), cols = windows_of(tile.left, tile.right, W, K);
@@ -123,8 +129,10 @@ __global__ void na2d_av_forward_tiled_kernel(const T* __restrict__ attn, const T
     const int row = window_start(tile.i, H, K);
     const T* weights = attn + ((tile.n * H + tile.i) * W + tile.j) * K * K;
     float sum[NA2D_STRIP][NA2D_STRIP] = {};
-    int shift[NA2D_STRIP];  // from the first column to each pixel's window; beyond every column for a pixel that is none
-    for (int t = 0; t < NA2D_STRIP; t++) shift[t] = tile.j + t < W ? window_start(tile.j + t, W, K) - reach.first : reach.count;
+    // From the first column to each pixel's window; beyond every column for a pixel that is none.
+    int shift[NA2D_STRIP];
+    for (int t = 0; t < NA2D_STRIP; t++)
+        shift[t] = tile.j + t < W ? window_start(tile.j + t, W, K) - reach.first : reach.count;
     for (int p = 0; p < K; p++)
         for (int x = 0; x < reach.count; x++) {
             const int pixel = (row + p - rows.first) * cols.count + reach.first + x - cols.first;
@@ -140,7 +148,8 @@ __global__ void na2d_av_forward_tiled_kernel(const T* __restrict__ attn, const T
 
 template <typename T>
 __global__ void na2d_av_grad_value_tiled_kernel(const T* __restrict__ attn, const T* __restrict__ grad_out,
-                                                T* __restrict__ grad_value, int H, int W, int K, int dim, int channels) {
+                                                T* __restrict__ grad_value, int H, int W, int K, int dim,
+                                                int channels) {
     OVERLOCK_SHARED(shared);
     const Tile tile(H, W, channels);
     const Span rows = queries_of(tile.top, tile.bottom, H, K), cols = queries_of(tile.left, tile.right, W, K);
@@ -161,15 +170,16 @@ __global__ void na2d_av_grad_value_tiled_kernel(const T* __restrict__ attn, cons
     tile.store(sum, H, W, dim, grad_value);
 }
 
-// How the tiled kernels are launched. channels: how many of them go into shared memory at a time, 16, 8 or 4; 0 where tiles do
-// not pay: no neighbours to share with, fewer channels than a thread takes, over half of the tiles' pixels outside the map, or a
-// window too large for shared memory. `span`: windows_of or queries_of, what a tile reads.
+// How the tiled kernels are launched. channels: how many of them go into shared memory at a time, 16, 8 or 4; 0 where
+// tiles do not pay: no neighbours to share with, fewer channels than a thread takes, over half of the tiles' pixels
+// outside the map, or a window too large for shared memory. `span`: windows_of or queries_of, what a tile reads.
 struct Tiling { int channels = 0, threads; size_t shared_bytes; dim3 grid; };
 
 inline Tiling choose_tiling(int64_t N, int H, int W, int K, int dim, Span span(int, int, int, int)) {
     const auto longest = [=](int size, int tile) {
         int longest = 0;
-        for (int a = 0; a < size; a += tile) longest = std::max(longest, span(a, std::min(a + tile, size) - 1, size, K).count);
+        for (int a = 0; a < size; a += tile)
+            longest = std::max(longest, span(a, std::min(a + tile, size) - 1, size, K).count);
         return longest;
     };
     const int64_t tiles = (int64_t)blocks_of(H, TILE_H) * blocks_of(W, TILE_W);
@@ -193,14 +203,16 @@ inline int blocks_for(int64_t total) {
 }
 
 template <typename T>
-void na2d_av_forward(const T* attn, const T* value, T* out, int64_t N, int H, int W, int K, int dim, cudaStream_t stream) {
+void na2d_av_forward(const T* attn, const T* value, T* out, int64_t N, int H, int W, int K, int dim,
+                     cudaStream_t stream) {
     const Tiling tiling = choose_tiling(N, H, W, K, dim, windows_of);
     const int64_t total = N * H * W * dim;
     if (tiling.channels)
         OVERLOCK_LAUNCH(na2d_av_forward_tiled_kernel, tiling.grid, tiling.threads, tiling.shared_bytes, stream,
                         attn, value, out, H, W, K, dim, tiling.channels);
     else
-        OVERLOCK_LAUNCH(na2d_av_forward_kernel, blocks_for(total), THREADS, 0, stream, attn, value, out, total, H, W, K, dim);
+        OVERLOCK_LAUNCH(na2d_av_forward_kernel, blocks_for(total), THREADS, 0, stream,
+                        attn, value, out, total, H, W, K, dim);
 }
 
 template <typename T>

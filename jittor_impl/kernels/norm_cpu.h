@@ -85,7 +85,8 @@ inline void channel_norm_backward(const float* x, const float* weight, const flo
     std::vector<float> partial((int64_t)B * C * 2);
     #pragma omp parallel for schedule(static)
     for (int n = 0; n < B; n++) {
-        const float *xn = x + (int64_t)n * C * P, *gn = grad_y + (int64_t)n * C * P, *m = mean + n * P, *inv = inv_std + n * P;
+        const float *xn = x + (int64_t)n * C * P, *gn = grad_y + (int64_t)n * C * P,
+                    *m = mean + n * P, *inv = inv_std + n * P;
         float* out = grad_x + (int64_t)n * C * P;
         std::vector<float> g0(P), g1(P);  // means over the channels of g and of g * normalised x
         for (int c = 0; c < C; c++) {
@@ -119,7 +120,8 @@ inline void channel_norm_backward(const float* x, const float* weight, const flo
 }
 
 // GRN (ConvNeXt V2): y = (gamma * norm / (mean of the norms + 1e-6) + 1) * x + beta; norms (B, C) over the map.
-inline void grn(const float* x, const float* gamma, const float* beta, float* y, float* norms, int B, int C, int64_t P) {
+inline void grn(const float* x, const float* gamma, const float* beta, float* y, float* norms,
+                int B, int C, int64_t P) {
     #pragma omp parallel for schedule(static)
     for (int n = 0; n < B; n++) {
         const int64_t start = (int64_t)n * C * P;

@@ -1,9 +1,10 @@
-// BatchNorm and LayerNorm over channels on the GPU, forward and backward. Maps (B, C, P) of type T, P = H*W, B*P < 2^31;
-// weights and biases of type Param; statistics, sums and arithmetic in float32, whatever T is.
-// Sums over a channel are cut into chunks: a thread sums a few values, a block its threads pairwise (cuda_sum.h), and a second
-// kernel the chunks in double. So one channel keeps many blocks busy, no sum has more than some dozens of roundings in a row,
-// and the order is one of the shape alone. Means are summed as differences from a value of the same channel, so that a mean
-// far from 0 costs no digits; variances about the mean, in a second pass that finds its chunk in the cache.
+// BatchNorm and LayerNorm over channels on the GPU, forward and backward. Maps (B, C, P) of type T, P = H*W,
+// B*P < 2^31; weights and biases of type Param; statistics, sums and arithmetic in float32, whatever T is.
+// Sums over a channel are cut into chunks: a thread sums a few values, a block its threads pairwise (cuda_sum.h), and a
+// second kernel the chunks in double. So one channel keeps many blocks busy, no sum has more than some dozens of
+// roundings in a row, and the order is one of the shape alone. Means are summed as differences from a value of the same
+// channel, so that a mean far from 0 costs no digits; variances about the mean, in a second pass that finds its chunk
+// in the cache.
 // Include cuda_launch.h and cuda_sum.h before it.
 #pragma once
 #include <cmath>
@@ -14,7 +15,9 @@ namespace overlock {
 constexpr int NORM_PIXELS = 32;  // of a block of channel_norm: threads side by side read pixels side by side
 
 // Element e of channel c: the channel's values are counted through the batch, image by image.
-__device__ inline int64_t element(unsigned e, int c, int C, unsigned P) { return ((int64_t)(e / P) * C + c) * P + e % P; }
+__device__ inline int64_t element(unsigned e, int c, int C, unsigned P) {
+    return ((int64_t)(e / P) * C + c) * P + e % P;
+}
 
 // The elements of this block's chunk; channels are blockIdx.x, chunks blockIdx.y.
 struct Chunk {
@@ -25,13 +28,15 @@ struct Chunk {
 
 // moments (chunks, C, 2): mean of the chunk and sum of the squares about it.
 template <typename T>
-__global__ void batch_norm_moments_kernel(const T* __restrict__ x, float* __restrict__ moments, int C, int P, int count) {
+__global__ void batch_norm_moments_kernel(const T* __restrict__ x, float* __restrict__ moments,
+                                          int C, int P, int count) {
     OVERLOCK_SHARED(shared);
     const int c = blockIdx.x;
     const Chunk chunk(count, blockIdx.y, gridDim.y);
     const float origin = x[element(chunk.first, c, C, P)];
     float sum = 0, squares = 0;
-    for (unsigned e = chunk.first + threadIdx.x; e < chunk.end; e += blockDim.x) sum += (float)x[element(e, c, C, P)] - origin;
+    for (unsigned e = chunk.first + threadIdx.x; e < chunk.end; e += blockDim.x)
+        sum += (float)x[element(e, c, C, P)] - origin;
     const float mean = origin + block_sum(sum, shared) / (chunk.end - chunk.first);
     for (unsigned e = chunk.first + threadIdx.x; e < chunk.end; e += blockDim.x) {
         const float centred = (float)x[element(e, c, C, P)] - mean;
@@ -46,8 +51,9 @@ __global__ void batch_norm_moments_kernel(const T* __restrict__ x, float* __rest
 
 // A thread for each channel.
 __global__ void batch_norm_statistics_kernel(
-        const float* __restrict__ moments, const float* __restrict__ running_mean, const float* __restrict__ running_var,
-        float* __restrict__ mean, float* __restrict__ inv_std, float* __restrict__ new_mean, float* __restrict__ new_var,
+        const float* __restrict__ moments, const float* __restrict__ running_mean,
+        const float* __restrict__ running_var, float* __restrict__ mean, float* __restrict__ inv_std,
+        float* __restrict__ new_mean, float* __restrict__ new_var,
         int C, int count, int chunks, float eps, float momentum) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;
@@ -81,11 +87,12 @@ __global__ void batch_norm_apply_kernel(const T* __restrict__ x, const Param* __
     }
 }
 
-// sums (chunks, C, 2): of grad_y * normalised x and of grad_y. Statistics are those of channels or, per_pixel, of pixels.
+// sums (chunks, C, 2): of grad_y * normalised x and of grad_y.
+// Statistics are those of channels or, per_pixel, of pixels.
 template <typename T>
-__global__ void norm_grad_sums_kernel(const T* __restrict__ x, const T* __restrict__ grad_y, const float* __restrict__ mean,
-                                      const float* __restrict__ inv_std, bool per_pixel, float* __restrict__ sums,
-                                      int C, int P, int count) {
+__global__ void norm_grad_sums_kernel(const T* __restrict__ x, const T* __restrict__ grad_y,
+                                      const float* __restrict__ mean, const float* __restrict__ inv_std,
+                                      bool per_pixel, float* __restrict__ sums, int C, int P, int count) {
     OVERLOCK_SHARED(shared);
     const int c = blockIdx.x;
     const Chunk chunk(count, blockIdx.y, gridDim.y);
@@ -138,20 +145,23 @@ __global__ void batch_norm_grad_x_kernel(const T* __restrict__ x, const Param* _
     }
 }
 
-// The pixel and the channels of a thread of channel_norm: NORM_PIXELS pixels to a block, whose channels are dealt out in turn.
+// The pixel and the channels of a thread of channel_norm: NORM_PIXELS pixels to a block,
+// whose channels are dealt out in turn.
 struct PixelChannels {
     int64_t pixel, start;  // of all; of channel 0 in the map
     int first, step, C;
     __device__ PixelChannels(int channels, int P, int count)
-        : pixel((int64_t)blockIdx.x * NORM_PIXELS + threadIdx.x % NORM_PIXELS), start(pixel / P * channels * P + pixel % P),
+        : pixel((int64_t)blockIdx.x * NORM_PIXELS + threadIdx.x % NORM_PIXELS),
+          start(pixel / P * channels * P + pixel % P),
           first(threadIdx.x / NORM_PIXELS), step(SUM_THREADS / NORM_PIXELS), C(pixel < count ? channels : 0) {}
     __device__ float sum(float value, float* shared) const { return group_sum(value, step, NORM_PIXELS, shared); }
 };
 
 // mean and inv_std: (B, P).
 template <typename T, typename Param>
-__global__ void channel_norm_kernel(const T* __restrict__ x, const Param* __restrict__ weight, const Param* __restrict__ bias,
-                                    T* __restrict__ y, float* __restrict__ mean, float* __restrict__ inv_std,
+__global__ void channel_norm_kernel(const T* __restrict__ x, const Param* __restrict__ weight,
+                                    const Param* __restrict__ bias, T* __restrict__ y,
+                                    float* __restrict__ mean, float* __restrict__ inv_std,
                                     int channels, int P, int count, float eps) {
     OVERLOCK_SHARED(shared);
     const PixelChannels mine(channels, P, count);
@@ -177,7 +187,8 @@ __global__ void channel_norm_kernel(const T* __restrict__ x, const Param* __rest
 template <typename T, typename Param>
 __global__ void channel_norm_grad_x_kernel(const T* __restrict__ x, const Param* __restrict__ weight,
                                            const float* __restrict__ mean, const float* __restrict__ inv_std,
-                                           const T* __restrict__ grad_y, T* __restrict__ grad_x, int channels, int P, int count) {
+                                           const T* __restrict__ grad_y, T* __restrict__ grad_x,
+                                           int channels, int P, int count) {
     OVERLOCK_SHARED(shared);
     const PixelChannels mine(channels, P, count);
     const float m = mine.C ? mean[mine.pixel] : 0, inv = mine.C ? inv_std[mine.pixel] : 0;
@@ -204,14 +215,17 @@ void batch_norm(const T* x, const Param* weight, const Param* bias, const float*
     const int count = B * P;
     const dim3 grid(C, chunks);
     OVERLOCK_LAUNCH(batch_norm_moments_kernel, grid, SUM_THREADS, SUM_BYTES, stream, x, moments, C, P, count);
-    OVERLOCK_LAUNCH(batch_norm_statistics_kernel, blocks_of(C, SUM_THREADS), SUM_THREADS, 0, stream, moments, running_mean,
-                    running_var, mean, inv_std, new_mean, new_var, C, count, chunks, eps, momentum);
-    OVERLOCK_LAUNCH(batch_norm_apply_kernel, grid, SUM_THREADS, 0, stream, x, weight, bias, mean, inv_std, y, C, P, count);
+    OVERLOCK_LAUNCH(batch_norm_statistics_kernel, blocks_of(C, SUM_THREADS), SUM_THREADS, 0, stream,
+                    moments, running_mean, running_var, mean, inv_std, new_mean, new_var,
+                    C, count, chunks, eps, momentum);
+    OVERLOCK_LAUNCH(batch_norm_apply_kernel, grid, SUM_THREADS, 0, stream,
+                    x, weight, bias, mean, inv_std, y, C, P, count);
 }
 
 template <typename T, typename Param>
-void norm_grad_parameters(const T* x, const T* grad_y, const float* mean, const float* inv_std, bool per_pixel, float* sums,
-                          Param* grad_weight, Param* grad_bias, int C, int P, int count, int chunks, cudaStream_t stream) {
+void norm_grad_parameters(const T* x, const T* grad_y, const float* mean, const float* inv_std, bool per_pixel,
+                          float* sums, Param* grad_weight, Param* grad_bias,
+                          int C, int P, int count, int chunks, cudaStream_t stream) {
     OVERLOCK_LAUNCH(norm_grad_sums_kernel, dim3(C, chunks), SUM_THREADS, SUM_BYTES, stream,
                     x, grad_y, mean, inv_std, per_pixel, sums, C, P, count);
     OVERLOCK_LAUNCH(norm_grad_totals_kernel, blocks_of(C, SUM_THREADS), SUM_THREADS, 0, stream,
@@ -221,8 +235,8 @@ void norm_grad_parameters(const T* x, const T* grad_y, const float* mean, const 
 // sums: scratch memory, (chunks + 1, C, 2).
 template <typename T, typename Param>
 void batch_norm_backward(const T* x, const Param* weight, const float* mean, const float* inv_std, const T* grad_y,
-                         T* grad_x, Param* grad_weight, Param* grad_bias, float* sums, int B, int C, int P, int chunks,
-                         cudaStream_t stream) {
+                         T* grad_x, Param* grad_weight, Param* grad_bias, float* sums,
+                         int B, int C, int P, int chunks, cudaStream_t stream) {
     const int count = B * P;
     norm_grad_parameters(x, grad_y, mean, inv_std, false, sums, grad_weight, grad_bias, C, P, count, chunks, stream);
     OVERLOCK_LAUNCH(batch_norm_grad_x_kernel, dim3(C, chunks), SUM_THREADS, 0, stream, x, weight, mean, inv_std,
@@ -239,8 +253,8 @@ void channel_norm(const T* x, const Param* weight, const Param* bias, T* y, floa
 // sums: scratch memory, (chunks + 1, C, 2).
 template <typename T, typename Param>
 void channel_norm_backward(const T* x, const Param* weight, const float* mean, const float* inv_std, const T* grad_y,
-                           T* grad_x, Param* grad_weight, Param* grad_bias, float* sums, int B, int C, int P, int chunks,
-                           cudaStream_t stream) {
+                           T* grad_x, Param* grad_weight, Param* grad_bias, float* sums,
+                           int B, int C, int P, int chunks, cudaStream_t stream) {
     const int count = B * P;
     norm_grad_parameters(x, grad_y, mean, inv_std, true, sums, grad_weight, grad_bias, C, P, count, chunks, stream);
     OVERLOCK_LAUNCH(channel_norm_grad_x_kernel, blocks_of(count, NORM_PIXELS), SUM_THREADS, SUM_BYTES, stream,

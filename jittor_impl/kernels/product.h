@@ -8,8 +8,8 @@ typedef float Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 // sum[r][v] += a(r, k) * b(k, v) over k < depth. Element a(r, k) is a[r * a_row + k * a_step]; b(k, v) are the 8 floats
 // at b + k * b_step + v * b_vector. Six rows of two vectors keep both multiply-add units busy and fit 16 registers.
 template <int R, int V>
-inline void add_products(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t b_vector,
-                         int depth, Lanes (&sum)[R][V]) {
+inline void add_products(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
+                         int64_t b_vector, int depth, Lanes (&sum)[R][V]) {
     for (int k = 0; k < depth; k++, a += a_step, b += b_step) {
         Lanes column[V];
         for (int v = 0; v < V; v++) column[v] = *reinterpret_cast<const Unaligned*>(b + v * b_vector);
@@ -45,17 +45,20 @@ inline void product_rows(const float* a, int64_t a_row, int64_t a_step, const fl
         product_tile<R, 1>(a, a_row, a_step, b + j, b_step, depth, start ? start + j : nullptr, out + j, out_step, add);
 }
 
-// out (rows, columns) = a (rows, depth) * b (depth, columns), plus the row `start` unless null, plus `out` itself if add.
-// b and out have rows of whole vectors, b_step and out_step floats apart; `columns` is a multiple of 8.
+// out (rows, columns) = a (rows, depth) * b (depth, columns), plus the row `start` unless null, plus `out` itself if
+// add. b and out have rows of whole vectors, b_step and out_step floats apart; `columns` is a multiple of 8.
 inline void product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, const float* start,
                     float* out, int64_t out_step, int rows, int depth, int columns, bool add = false) {
     int r = 0;
     for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-        product_rows<TILE_ROWS>(a + r * a_row, a_row, a_step, b, b_step, depth, start, out + r * out_step, out_step, columns, add);
+        product_rows<TILE_ROWS>(a + r * a_row, a_row, a_step, b, b_step, depth, start, out + r * out_step, out_step,
+                                columns, add);
     for (; r + 2 <= rows; r += 2)
-        product_rows<2>(a + r * a_row, a_row, a_step, b, b_step, depth, start, out + r * out_step, out_step, columns, add);
+        product_rows<2>(a + r * a_row, a_row, a_step, b, b_step, depth, start, out + r * out_step, out_step,
+                        columns, add);
     for (; r < rows; r++)
-        product_rows<1>(a + r * a_row, a_row, a_step, b, b_step, depth, start, out + r * out_step, out_step, columns, add);
+        product_rows<1>(a + r * a_row, a_row, a_step, b, b_step, depth, start, out + r * out_step, out_step,
+                        columns, add);
 }
 
 inline int whole_vectors(int n) { return (n + LANES - 1) / LANES * LANES; }
@@ -64,11 +67,13 @@ inline int whole_vectors(int n) { return (n + LANES - 1) / LANES * LANES; }
 inline void pad_rows(const float* source, int64_t source_step, int rows, int columns, float* target) {
     const int width = whole_vectors(columns);
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < width; c++) target[(int64_t)r * width + c] = c < columns ? source[r * source_step + c] : 0.f;
+        for (int c = 0; c < width; c++)
+            target[(int64_t)r * width + c] = c < columns ? source[r * source_step + c] : 0.f;
 }
 
 // (rows, columns) -> its transpose; rows `source_step` and `target_step` floats apart.
-inline void transpose(const float* source, int64_t source_step, int rows, int columns, float* target, int64_t target_step) {
+inline void transpose(const float* source, int64_t source_step, int rows, int columns,
+                      float* target, int64_t target_step) {
     for (int c = 0; c < columns; c += LANES)
         for (int r = 0; r < rows; r += LANES) {
             const float* from = source + r * source_step + c;
@@ -76,7 +81,8 @@ inline void transpose(const float* source, int64_t source_step, int rows, int co
             if (c + LANES <= columns && r + LANES <= rows) transpose8(from, source_step, to, target_step);
             else
                 for (int i = 0; i < std::min(LANES, rows - r); i++)
-                    for (int j = 0; j < std::min(LANES, columns - c); j++) to[j * target_step + i] = from[i * source_step + j];
+                    for (int j = 0; j < std::min(LANES, columns - c); j++)
+                        to[j * target_step + i] = from[i * source_step + j];
         }
 }
 

@@ -4,7 +4,8 @@
 
 namespace overlock {
 
-// out (planes, h, w) = rows (h, H) * x (planes, H, W) * cols^T (W, w); rows and cols are (H, h) and (W, w) if transposed.
+// out (planes, h, w) = rows (h, H) * x (planes, H, W) * cols^T (W, w);
+// rows and cols are (H, h) and (W, w) if transposed.
 inline void separable(const float* x, const float* rows, const float* cols, float* out,
                       int64_t planes, int H, int W, int h, int w, bool transposed) {
     const int width = whole_vectors(w);
@@ -17,7 +18,8 @@ inline void separable(const float* x, const float* rows, const float* cols, floa
         #pragma omp for schedule(static)
         for (int64_t n = 0; n < planes; n++) {
             product(x + n * H * W, W, 1, cols_t.data(), width, nullptr, half.data(), width, H, W, width);
-            product(rows, transposed ? 1 : H, transposed ? h : 1, half.data(), width, nullptr, whole.data(), width, h, H, width);
+            product(rows, transposed ? 1 : H, transposed ? h : 1, half.data(), width, nullptr, whole.data(), width,
+                    h, H, width);
             for (int i = 0; i < h; i++) std::copy_n(whole.data() + i * width, w, out + (n * h + i) * w);
         }
     }

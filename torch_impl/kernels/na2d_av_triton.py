@@ -7,6 +7,7 @@ from the queries whose window contains a pixel, so that a run can be repeated bi
 An offset into a whole tensor has 64 bits (n is int64); the pixels of one map, and the numbers of one row, fit in 32.
 tests/triton_run.py interprets the kernels on a CPU and tests/triton_compile.py compiles them; no GPU has run them yet.
 """
+
 import os
 
 import torch
@@ -41,8 +42,18 @@ def last_query(p, size, K: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(attn, value, out, H, W, tiles, K: tl.constexpr, dim: tl.constexpr,
-                   PIXELS: tl.constexpr, DIM: tl.constexpr):
+def forward_kernel(
+    attn,
+    value,
+    out,
+    H,
+    W,
+    tiles,
+    K: tl.constexpr,
+    dim: tl.constexpr,
+    PIXELS: tl.constexpr,
+    DIM: tl.constexpr,
+):
     """A program computes out at PIXELS consecutive pixels of a map, `tiles` programs a map; DIM >= dim, a power of two."""
     n = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)
@@ -64,8 +75,18 @@ def forward_kernel(attn, value, out, H, W, tiles, K: tl.constexpr, dim: tl.const
 
 
 @triton.jit
-def grad_attn_kernel(grad_out, value, grad_attn, H, W, tiles, K: tl.constexpr, dim: tl.constexpr,
-                     WEIGHTS: tl.constexpr, DIM: tl.constexpr):
+def grad_attn_kernel(
+    grad_out,
+    value,
+    grad_attn,
+    H,
+    W,
+    tiles,
+    K: tl.constexpr,
+    dim: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    DIM: tl.constexpr,
+):
     """A program computes WEIGHTS consecutive numbers of a map's (H, W, K*K) gradient, `tiles` programs a map."""
     n = (tl.program_id(0) // tiles).to(tl.int64)
     # One 64-bit division for the program; what is left for each number fits in 32 bits.
@@ -78,15 +99,30 @@ def grad_attn_kernel(grad_out, value, grad_attn, H, W, tiles, K: tl.constexpr, d
     mask = tl.expand_dims(inside, 1) & (d < dim)
     row = window_start(pixel // W, H, K) + tap // K
     column = window_start(pixel % W, W, K) + tap % K
-    g = tl.load(grad_out + tl.expand_dims(n * H * W + pixel, 1) * dim + d, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(value + tl.expand_dims((n * H + row) * W + column, 1) * dim + d, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(grad_out + tl.expand_dims(n * H * W + pixel, 1) * dim + d, mask=mask, other=0.0).to(
+        tl.float32
+    )
+    v = tl.load(
+        value + tl.expand_dims((n * H + row) * W + column, 1) * dim + d, mask=mask, other=0.0
+    ).to(tl.float32)
     number = first + tl.arange(0, WEIGHTS)
     tl.store(grad_attn + n * H * W * (K * K) + number, tl.sum(g * v, axis=1), mask=inside)
 
 
 @triton.jit
-def grad_value_kernel(attn, grad_out, grad_value, H, W, tiles, reach, K: tl.constexpr, dim: tl.constexpr,
-                      PIXELS: tl.constexpr, DIM: tl.constexpr):
+def grad_value_kernel(
+    attn,
+    grad_out,
+    grad_value,
+    H,
+    W,
+    tiles,
+    reach,
+    K: tl.constexpr,
+    dim: tl.constexpr,
+    PIXELS: tl.constexpr,
+    DIM: tl.constexpr,
+):
     """A program computes PIXELS consecutive pixels of a row, `tiles` programs a row.
 
     The row's queries are the same for all its pixels; along the row a pixel has at most `reach`.
@@ -106,7 +142,9 @@ def grad_value_kernel(attn, grad_out, grad_value, H, W, tiles, reach, K: tl.cons
             inside = (x < W) & (j <= last)
             a = tl.load(attn + (query * K + p) * K + q, mask=inside, other=0.0).to(tl.float32)
             mask = tl.expand_dims(inside, 1) & (d < dim)
-            g = tl.load(grad_out + tl.expand_dims(query, 1) * dim + d, mask=mask, other=0.0).to(tl.float32)
+            g = tl.load(grad_out + tl.expand_dims(query, 1) * dim + d, mask=mask, other=0.0).to(
+                tl.float32
+            )
             total += tl.expand_dims(a, 1) * g
     mask = tl.expand_dims(x < W, 1) & (d < dim)
     tl.store(grad_value + tl.expand_dims((n * H + y) * W + x, 1) * dim + d, total, mask=mask)
@@ -142,13 +180,19 @@ class NA2dAV(torch.autograd.Function):
                 WEIGHTS = max(TILE // DIM, 1)
                 tiles = triton.cdiv(H * W * K * K, WEIGHTS)
                 grad_attn = torch.empty_like(attn)
-                grad_attn_kernel[(B * heads * tiles,)](grad_out, value, grad_attn, H, W, tiles, K, dim, WEIGHTS, DIM)
+                grad_attn_kernel[(B * heads * tiles,)](
+                    grad_out, value, grad_attn, H, W, tiles, K, dim, WEIGHTS, DIM
+                )
             if ctx.needs_input_grad[1]:
                 PIXELS = min(max(TILE // DIM, 1), triton.next_power_of_2(W))
                 tiles = triton.cdiv(W, PIXELS)
-                reach = W if W < 2 * K else K + K // 2  # queries of the pixel that has most: all, or from 0 to K - 1 + K//2
+                reach = (
+                    W if W < 2 * K else K + K // 2
+                )  # queries of the pixel that has most: all, or from 0 to K - 1 + K//2
                 grad_value = torch.empty_like(value)
-                grad_value_kernel[(B * heads * H * tiles,)](attn, grad_out, grad_value, H, W, tiles, reach, K, dim, PIXELS, DIM)
+                grad_value_kernel[(B * heads * H * tiles,)](
+                    attn, grad_out, grad_value, H, W, tiles, reach, K, dim, PIXELS, DIM
+                )
         return grad_attn, grad_value, None, None
 
 
@@ -163,8 +207,12 @@ def na2d_av_triton(attn, value, kernel_size):
         RuntimeError: as `attn @ value`, if the types differ without autocast.
     """
     if not (attn.is_cuda and value.is_cuda or INTERPRETED):
-        raise ValueError(f"na2d_av: Triton needs tensors on a GPU: attn is on {attn.device}, value on {value.device}")
+        raise ValueError(
+            f"na2d_av: Triton needs tensors on a GPU: attn is on {attn.device}, value on {value.device}"
+        )
     if not {attn.dtype, value.dtype} <= DTYPES:
-        raise ValueError(f"na2d_av: Triton takes float32, float16 or bfloat16: attn is {attn.dtype}, value {value.dtype}")
+        raise ValueError(
+            f"na2d_av: Triton takes float32, float16 or bfloat16: attn is {attn.dtype}, value {value.dtype}"
+        )
     dtype = (attn.new_empty(0, 0) @ value.new_empty(0, 0)).dtype
     return NA2dAV.apply(attn.contiguous(), value.contiguous(), kernel_size, dtype)

@@ -2,6 +2,7 @@
 
 In one step, so that a process that starts meanwhile never sees one missing or half written.
 """
+
 import os
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,9 @@ def replace_link(link, target):
         return
     link.parent.mkdir(parents=True, exist_ok=True)
     temporary = link.with_name(f"{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)  # of a process that was killed, in a container with the same numbers
+    temporary.unlink(
+        missing_ok=True
+    )  # of a process that was killed, in a container with the same numbers
     temporary.symlink_to(target)
     os.replace(temporary, link)
 

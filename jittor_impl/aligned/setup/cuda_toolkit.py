@@ -1,17 +1,40 @@
 """Finds the CUDA toolkit that Jittor compiles with: a system-wide one, or NVIDIA's packages from PyPI (requirements-cuda.txt)."""
+
 import ctypes
 import re
 import shutil
 import subprocess
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
-from setup_files import package_files, replace_link, replace_text
+from .atomic import package_files, replace_link, replace_text
 
-PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-cuda-nvrtc",
-            "nvidia-cublas", "nvidia-cufft", "nvidia-curand", "nvidia-nvjitlink", "nvidia-cusparse", "nvidia-cudnn-cu13")
+PACKAGES = (
+    "nvidia-cuda-nvcc",
+    "nvidia-cuda-crt",
+    "nvidia-nvvm",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-cccl",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cublas",
+    "nvidia-cufft",
+    "nvidia-curand",
+    "nvidia-nvjitlink",
+    "nvidia-cusparse",
+    "nvidia-cudnn-cu13",
+)
 # In the order in which they need each other.
-LIBRARIES = ("cudart", "cublasLt", "cublas", "cufft", "curand", "nvJitLink", "cusparse", "nvrtc", "cudnn")
+LIBRARIES = (
+    "cudart",
+    "cublasLt",
+    "cublas",
+    "cufft",
+    "curand",
+    "nvJitLink",
+    "cusparse",
+    "nvrtc",
+    "cudnn",
+)
 SYSTEM_INCLUDE = Path("/usr/include")
 
 
@@ -36,11 +59,18 @@ def driver_version():
 
 def compute_capability():
     """That of the oldest GPU, such as 75 for Turing; raises OSError without a driver."""
-    driver, device, major, minor = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    driver, device, major, minor = (
+        ctypes.CDLL("libcuda.so.1"),
+        ctypes.c_int(),
+        ctypes.c_int(),
+        ctypes.c_int(),
+    )
     capabilities = []
     for number in range(device_count()):
         driver.cuDeviceGet(ctypes.byref(device), number)
-        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # the attributes' numbers in cuda.h
+        driver.cuDeviceGetAttribute(
+            ctypes.byref(major), 75, device
+        )  # the attributes' numbers in cuda.h
         driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
         capabilities.append(10 * major.value + minor.value)
     return min(capabilities)
@@ -58,7 +88,9 @@ def packaged_nvcc(home):
     the packages have. Like oneDNN's, the links are renewed at every start, not trusted.
     """
     root, links, nvcc = Path(home) / ".cache" / "jittor" / "overlock_cuda", {}, None
-    for f in package_files(PACKAGES) or ():  # relative to site-packages, such as nvidia/cu13/include/crt/host_defines.h, nvidia/cudnn/lib/libcudnn.so.9
+    for f in (
+        package_files(PACKAGES) or ()
+    ):  # relative to site-packages, such as nvidia/cu13/include/crt/host_defines.h, nvidia/cudnn/lib/libcudnn.so.9
         if "include" in f.parts:
             # What stands directly in include/ is linked, include/crt and not each file in it.
             below = len(f.parts) - f.parts.index("include") - 2
@@ -66,7 +98,9 @@ def packaged_nvcc(home):
         elif f.parent.name == "lib" and f.suffix == ".a":
             links[root / "lib64" / f.name] = f.locate()
         elif f.parent.name == "lib" and ".so" in f.name:
-            links[root / "lib64" / f.name] = links[root / "lib64" / f"{f.name.partition('.so')[0]}.so"] = f.locate()
+            links[root / "lib64" / f.name] = links[
+                root / "lib64" / f"{f.name.partition('.so')[0]}.so"
+            ] = f.locate()
         elif f.parent.name == "bin" and f.name == "nvcc":
             nvcc = f.locate()
     if nvcc is None:
@@ -96,7 +130,7 @@ def load_libraries(nvcc):
             ctypes.CDLL(str(library.resolve()), ctypes.RTLD_GLOBAL)
 
 
-@lru_cache(maxsize=None)
+@cache
 def toolkit_version(nvcc):
     """The toolkit's version, such as (13, 0, 88); () if nvcc does not tell."""
     try:
@@ -110,10 +144,16 @@ def toolkit_version(nvcc):
 def cudnn_version(nvcc):
     """The major version of the cuDNN that Jittor will find for this nvcc, 0 if there is none."""
     toolkit = Path(nvcc).resolve().parent.parent
-    for folder in (toolkit / "include", toolkit / "targets" / "x86_64-linux" / "include", SYSTEM_INCLUDE):
+    for folder in (
+        toolkit / "include",
+        toolkit / "targets" / "x86_64-linux" / "include",
+        SYSTEM_INCLUDE,
+    ):
         for name in ("cudnn_version.h", "cudnn.h"):  # cuDNN 7 has it in the latter
             if (folder / name).exists():
-                version = re.search(r"#define CUDNN_MAJOR (\d+)", (folder / name).read_text(errors="replace"))
+                version = re.search(
+                    r"#define CUDNN_MAJOR (\d+)", (folder / name).read_text(errors="replace")
+                )
                 if version:
                     return int(version[1])
     return 0

@@ -1,34 +1,46 @@
-"""Makes the installed Jittor 1.3.11 build with CUDA 13 and cuDNN 9: `python jittor_impl/cuda_compat.py`.
+"""Makes the installed Jittor 1.3.11 build with CUDA 13 and cuDNN 9: `python jittor_impl/aligned/setup/patch_jittor.py`.
 
-cuda_compat.patch says what it changes in the installed package: each hunk is for a name or a library that CUDA 13 or
+jittor_cuda13.patch says what it changes in the installed package: each hunk is for a name or a library that CUDA 13 or
 cuDNN 9 dropped, and is written for CUDA 11 and 12 and cuDNN 8 as well. `--revert` takes the changes back, `--check` only
 tells. Doing a thing twice does no harm; another version of Jittor is refused. The set-up calls it where the toolkit needs it.
 """
+
 import argparse
 import os
 import sys
 from importlib import metadata
 from pathlib import Path
 
-from setup_files import replace_text
+if (
+    not __package__
+):  # run as a file: its folder becomes a package, without those above, which start Jittor
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = Path(__file__).resolve().parent.name
+    __import__(__package__)
+
+from .atomic import replace_text
 
 VERSION = "1.3.11.0"
-PATCH = Path(__file__).resolve().parent / "cuda_compat.patch"
+PATCH = Path(__file__).resolve().parent / "jittor_cuda13.patch"
 
 
-class CompatError(Exception):
+class PatchError(Exception):
     """One line that says what is wrong and what to do."""
 
 
 def package_root():
-    """The folder that holds the installed package `jittor`. Raises CompatError if there is none, or of another version."""
+    """The folder that holds the installed package `jittor`. Raises PatchError if there is none, or of another version."""
     try:
         distribution = metadata.distribution("jittor")
     except metadata.PackageNotFoundError:
-        raise CompatError(f"jittor is not installed in {sys.prefix}; pip install -r requirements-jittor.txt") from None
+        raise PatchError(
+            f"jittor is not installed in {sys.prefix}; pip install -r requirements-jittor.txt"
+        ) from None
     if distribution.version != VERSION:
-        raise CompatError(f"the changes are for Jittor {VERSION}, installed is {distribution.version}; "
-                          f"pip install jittor=={VERSION}")
+        raise PatchError(
+            f"the changes are for Jittor {VERSION}, installed is {distribution.version}; "
+            f"pip install jittor=={VERSION}"
+        )
     return Path(distribution.locate_file(""))
 
 
@@ -42,14 +54,17 @@ def read_patch(text):
             current.append(("", ""))
         elif not line.startswith("--- "):
             before, after = current[-1]
-            current[-1] = before + line[1:] * (line[0] in " -"), after + line[1:] * (line[0] in " +")
+            current[-1] = (
+                before + line[1:] * (line[0] in " -"),
+                after + line[1:] * (line[0] in " +"),
+            )
     return hunks
 
 
 def changed_files(root, revert=False):
     """{path: its new text} of the files that the patch, or with `revert` its reverse, would change.
 
-    Raises CompatError if a place that it is about looks neither as before nor as after: somebody else changed it.
+    Raises PatchError if a place that it is about looks neither as before nor as after: somebody else changed it.
     """
     new = {}
     for name, hunks in read_patch(PATCH.read_text(encoding="utf-8")).items():
@@ -61,8 +76,10 @@ def changed_files(root, revert=False):
             if text.count(after) == 1:
                 continue
             if text.count(before) != 1:
-                raise CompatError(f"{path} is not as Jittor {VERSION} has it; "
-                                  f"pip install --force-reinstall --no-deps jittor=={VERSION}")
+                raise PatchError(
+                    f"{path} is not as Jittor {VERSION} has it; "
+                    f"pip install --force-reinstall --no-deps jittor=={VERSION}"
+                )
             text = text.replace(before, after)
         if text != old:
             new[path] = text
@@ -72,31 +89,41 @@ def changed_files(root, revert=False):
 def apply(revert=False):
     """Change the installed package, or change it back. Returns the paths of the files that were not yet so.
 
-    Raises CompatError, before anything is written, if it cannot be done.
+    Raises PatchError, before anything is written, if it cannot be done.
     """
     new = changed_files(package_root(), revert)
     for path in new:
         if not os.access(path.parent, os.W_OK):
-            raise CompatError(f"{path.parent} cannot be written; use a virtual environment of your own")
+            raise PatchError(
+                f"{path.parent} cannot be written; use a virtual environment of your own"
+            )
     for path, text in new.items():
         replace_text(path, text, path.stat().st_mode & 0o777)
     return list(new)
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="cuda_compat.py", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="patch_jittor.py", description=__doc__.partition("\n")[0])
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--revert", action="store_true", help="take the changes back")
-    group.add_argument("--check", action="store_true", help="only tell whether the package is changed; exit status 1 if not")
+    group.add_argument(
+        "--check",
+        action="store_true",
+        help="only tell whether the package is changed; exit status 1 if not",
+    )
     args = parser.parse_args()
     try:
         if args.check:
             missing = changed_files(package_root())
-            print("not changed: " + ", ".join(map(str, missing)) if missing else "the changes for CUDA 13 are in place")
+            print(
+                "not changed: " + ", ".join(map(str, missing))
+                if missing
+                else "the changes for CUDA 13 are in place"
+            )
             return int(bool(missing))
         done = apply(args.revert)
-    except (CompatError, OSError) as error:
-        print(f"cuda_compat.py: error: {error}", file=sys.stderr)
+    except (PatchError, OSError) as error:
+        print(f"patch_jittor.py: error: {error}", file=sys.stderr)
         return 2
     for path in done:
         print(f"{'changed back' if args.revert else 'changed'}: {path}")

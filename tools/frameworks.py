@@ -1,0 +1,150 @@
+"""What differs between Jittor and PyTorch, for align.py, bench.py and the tests.
+
+An adapter of the framework that runs in this process. Arrays that go in and come out are NumPy's;
+`module("train")` is train.py of its implementation.
+"""
+
+import ctypes
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+class Jittor:
+    name, suffix, dtype = "jittor", "", np.float32
+
+    def __init__(self):
+        self.jt = self.module("aligned.start").jt
+
+    def module(self, name):
+        return import_module(f"jittor_impl.{name}")
+
+    def array(self, x):
+        return self.jt.array(x.astype(np.int32) if x.dtype == np.int64 else x)
+
+    def feature_map(self, x):
+        """(B, C, H, W), laid out in memory as train.py lays out its images."""
+        return self.array(x)
+
+    def numpy(self, x):
+        return x.numpy()
+
+    def is_array(self, x):
+        return isinstance(x, self.jt.Var)
+
+    def no_grad(self):
+        return self.jt.no_grad()
+
+    def gradients(self, output, grad_output, inputs):
+        """Those of sum(output * grad_output) by `inputs`."""
+        grads = self.jt.grad((output * self.array(grad_output)).sum(), inputs)
+        return [grad.numpy() for grad in grads]
+
+    def step_gradients(self, optimizer, parameters):
+        """Those that the optimizer's last step used."""
+        return [parameter.opt_grad(optimizer).numpy() for parameter in parameters]
+
+    def record(self, module, store):
+        """Call store(output) after each call of `module`, if inference calls it: a hook would prevent fusing."""
+        run = module.execute
+
+        def execute(*inputs):
+            output = run(*inputs)
+            store(output)
+            return output
+
+        module.execute = execute
+
+    def run_forward_backward(self, function, inputs):
+        """function(*inputs), and its own output pulled back to every input."""
+        output = function(*inputs)
+        grads = self.jt.grad((output * output.detach()).sum(), list(inputs))
+        self.jt.sync([output, *grads])
+
+    def run_inference(self, model, images):
+        with self.jt.no_grad():
+            model(self.jt.array(images)).numpy()
+
+    def fold_batch_norms(self, model):
+        """Nothing: inference does it by itself, at every call."""
+
+    def threads(self):
+        return ctypes.CDLL("libgomp.so.1").omp_get_max_threads()
+
+
+class Torch:
+    name, suffix = "torch", "_torch"
+
+    def __init__(self, dtype=np.float32, na2d="auto"):
+        import torch
+
+        self.torch, self.dtype = torch, dtype
+        self.module("kernels.backend").set_na2d_backend(na2d)
+
+    def module(self, name):
+        return import_module(f"torch_impl.{name}")
+
+    def array(self, x):
+        x = self.torch.from_numpy(np.array(x))
+        return x.requires_grad_() if x.is_floating_point() else x
+
+    def feature_map(self, x):
+        """(B, C, H, W), laid out in memory as train.py lays out its images."""
+        return self.array(x).contiguous(memory_format=self.torch.channels_last)
+
+    def numpy(self, x):
+        return x.detach().numpy()
+
+    def is_array(self, x):
+        return self.torch.is_tensor(x)
+
+    def no_grad(self):
+        return self.torch.no_grad()
+
+    def gradients(self, output, grad_output, inputs):
+        """Those of sum(output * grad_output) by `inputs`."""
+        grad_output = self.torch.from_numpy(np.array(grad_output))
+        return [grad.numpy() for grad in self.torch.autograd.grad(output, inputs, grad_output)]
+
+    def step_gradients(self, optimizer, parameters):
+        """Those that the optimizer's last step used."""
+        return [parameter.grad.numpy() for parameter in parameters]
+
+    def record(self, module, store):
+        """Call store(output) after each call of `module`."""
+        module.register_forward_hook(lambda _, inputs, output: store(output))
+
+    def run_forward_backward(self, function, inputs):
+        """function(*inputs), and its own output pulled back to every input."""
+        output = function(*inputs)
+        self.torch.autograd.grad(output, inputs, output.detach())
+
+    def run_inference(self, model, images):
+        with self.torch.inference_mode():
+            images = self.torch.from_numpy(images)
+            model(images.contiguous(memory_format=self.torch.channels_last))
+
+    def fold_batch_norms(self, model):
+        """Fold each into the convolution before it, for a model in evaluation mode."""
+        from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+        nn = self.torch.nn
+        for module in model.modules():
+            layers = list(module) if isinstance(module, nn.Sequential) else []
+            for i, (layer, following) in enumerate(zip(layers, layers[1:])):
+                if type(layer) is nn.Conv2d and isinstance(following, nn.BatchNorm2d):
+                    module[i], module[i + 1] = fuse_conv_bn_eval(layer, following), nn.Identity()
+
+    def threads(self):
+        return self.torch.get_num_threads()
+
+
+def load(name):
+    """The adapter of "jittor" or "torch"."""
+    return Jittor() if name == "jittor" else Torch()

@@ -1,0 +1,94 @@
+"""na2d_av as a dense product, with nothing but PyTorch: the default on a CPU, and for small maps.
+
+There it is faster than NATTEN's, however that is built. Formula and index arithmetic as in ops.py.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+# A map up to this many pixels is one tile: a bigger matrix beats the copies that tiling needs.
+WHOLE_MAP = 400
+TILE = 8
+
+
+def tiling(size, kernel_size, whole):
+    """Cut an axis into tiles of equal length.
+
+    A tile of `tile` pixels reads `region` consecutive values, the union of its pixels' windows.
+    Returns tile, region, the first value of each region (tiles,), and each pixel's window start within its region
+    (tiles, tile). The last tile may reach beyond the axis; its surplus pixels have zero weight.
+    """
+    tile = size if whole else min(TILE, size)
+    tiles = -(-size // tile)
+    region = min(size, tile + kernel_size - 1)
+    pixel = np.minimum(np.arange(tiles * tile), size - 1).reshape(tiles, tile)
+    window = np.clip(pixel - kernel_size // 2, 0, size - kernel_size)
+    first = np.clip(window[:, 0], 0, size - region)
+    return tile, region, first, window - first[:, None]
+
+
+@lru_cache(maxsize=16)
+def tile_indices(height, width, kernel_size, device):
+    """Everything about a map that does not depend on data: which values each tile reads, where each weight goes."""
+    whole = height * width <= WHOLE_MAP
+    tile_h, region_h, first_h, start_h = tiling(height, kernel_size, whole)
+    tile_w, region_w, first_w, start_w = tiling(width, kernel_size, whole)
+    offset = np.arange(kernel_size)
+    rows = (start_h[:, :, None] + offset)[
+        :, None, :, None, :, None
+    ]  # (tiles_h, 1, tile_h, 1, K, 1)
+    cols = (start_w[:, :, None] + offset)[
+        None, :, None, :, None, :
+    ]  # (1, tiles_w, 1, tile_w, 1, K)
+    column = rows * region_w + cols  # (tiles_h, tiles_w, tile_h, tile_w, K, K)
+    # -> (tiles, pixels of a tile, K*K): the place of each weight among the values of its tile
+    column = column.reshape(len(first_h) * len(first_w), tile_h * tile_w, kernel_size**2)
+    read_h = (first_h[:, None] + np.arange(region_h)).reshape(-1)  # (tiles_h * region_h,)
+    read_w = (first_w[:, None] + np.arange(region_w)).reshape(-1)  # (tiles_w * region_w,)
+    indices = [torch.from_numpy(array).to(device) for array in (read_h, read_w, column)]
+    return (tile_h, tile_w, region_h, region_w), *indices
+
+
+def na2d_av_dense(attn, value, kernel_size):
+    """`na2d_av` as matrix products: a tile's weights, scattered into a (pixels, values) matrix, times its values.
+
+    A small map is one tile. A large one is cut into tiles, so that time and memory grow with its pixels.
+    """
+    B, heads, H, W, dim = value.shape
+    (tile_h, tile_w, region_h, region_w), read_h, read_w, column = tile_indices(
+        H, W, kernel_size, value.device
+    )
+    tiles_h, tiles_w = -(-H // tile_h), -(-W // tile_w)
+
+    if tiles_h * tiles_w > 1:
+        # Pixels beyond the map get zero weights: (B, heads, tiles_h * tile_h, tiles_w * tile_w, K*K).
+        attn = torch.nn.functional.pad(
+            attn, (0, 0, 0, tiles_w * tile_w - W, 0, tiles_h * tile_h - H)
+        )
+        attn = attn.reshape(B, heads, tiles_h, tile_h, tiles_w, tile_w, -1)
+        attn = attn.transpose(3, 4)  # (B, heads, tiles_h, tiles_w, tile_h, tile_w, K*K)
+        value = value.index_select(2, read_h).index_select(
+            3, read_w
+        )  # (B, heads, tiles*region_h, tiles*region_w, dim)
+        value = value.reshape(B, heads, tiles_h, region_h, tiles_w, region_w, dim)
+        value = value.transpose(3, 4)  # (B, heads, tiles_h, tiles_w, region_h, region_w, dim)
+    attn = attn.reshape(
+        B, heads, tiles_h * tiles_w, tile_h * tile_w, -1
+    )  # (B, heads, tiles, pixels, K*K)
+    value = value.reshape(
+        B, heads, tiles_h * tiles_w, region_h * region_w, dim
+    )  # (B, heads, tiles, values, dim)
+
+    matrix = attn.new_zeros(
+        *attn.shape[:4], region_h * region_w
+    )  # (B, heads, tiles, pixels, values)
+    matrix = matrix.scatter(-1, column.expand(*attn.shape), attn)
+    out = matrix @ value  # (B, heads, tiles, pixels, dim)
+    out = out.reshape(B, heads, tiles_h, tiles_w, tile_h, tile_w, dim)
+    out = out.transpose(3, 4)  # (B, heads, tiles_h, tile_h, tiles_w, tile_w, dim)
+    out = out.reshape(
+        B, heads, tiles_h * tile_h, tiles_w * tile_w, dim
+    )  # the map, and what the tiles add to it
+    return out[:, :, :H, :W]  # (B, heads, H, W, dim)
