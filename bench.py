@@ -1,18 +1,19 @@
 """Time both frameworks side by side: python bench.py, or `make bench`.
 
-Every measurement is a process of its own, after warm-up; the contestants take turns (A B C A B C ...), so that a slow
-minute of the machine hits all of them. A contestant is a framework, or PyTorch with NATTEN's na2d_av, which is what the
-official OverLoCK runs, at the larger batch only: "natten" as pip builds it for a CPU, with no optimisation and for one
-thread; "natten -O3" the same source with the compiler flags that it lacks. Prints a table, writes logs/bench.csv and
-logs/bench.png.
+Every measurement is a process of its own, after warm-up; the implementations take turns (A B C A B C
+...), so that a slow minute of the machine hits all of them. They are Jittor, PyTorch, and PyTorch with
+NATTEN's na2d_av, which is what the official OverLoCK runs, at the larger batch only: "natten" as pip
+builds it for a CPU, with no optimisation and for one thread; "natten -O3" the same source with the
+compiler flags that it lacks. Prints a table, writes logs/bench.csv and logs/bench.png.
 
-The floor of a row is what the machine could do at best: its multiply-adds at the matrix rate measured here, or its bytes
-at the copy bandwidth measured here, whichever takes longer.
+The floor of a row is what the machine could do at best: its multiply-adds at the matrix rate measured
+here, or its bytes at the copy bandwidth measured here, whichever takes longer.
 """
+
 import argparse
 import csv
-import ctypes
 import json
+import math
 import os
 import re
 import statistics
@@ -20,68 +21,39 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent
-CONTESTANTS = ("jittor", "torch", "natten", "natten -O3")
-# Merged: after reparam() in both frameworks, and with BatchNorms folded into the convolutions before them.
+from tools.frameworks import ROOT, Jittor, Torch
+
+IMPLEMENTATIONS = ("jittor", "torch", "natten", "natten -O3")
+# Merged: after reparam() in both frameworks, and with BatchNorms folded into the convolutions before.
 STEPS = ("training step", "inference", "merged inference")
-# variant, image side, batch sizes
+# variant, image side, batch sizes, the larger first
 MODELS = [("overlock_xxt", 64, (64, 16)), ("overlock_xt", 224, (8, 2))]
-LARGER_BATCH = {variant: batches[0] for variant, _, batches in MODELS}
-# na2d_av: (batch, heads, height, width, dim), kernel: what XXT at 64 and XT at 224 pixels use, then large maps
-WINDOWS = [((64, 2, 9, 9, 24), 9), ((64, 4, 7, 7, 16), 7), ((8, 8, 14, 14, 16), 13), ((8, 12, 7, 7, 14), 7),
-           ((1, 8, 56, 56, 16), 13), ((1, 2, 200, 320, 16), 13)]
+# na2d_av: (batch, heads, height, width, dim), kernel: what XXT at 64 and XT at 224 pixels use, then
+# large maps
+WINDOWS = [
+    ((64, 2, 9, 9, 24), 9),
+    ((64, 4, 7, 7, 16), 7),
+    ((8, 8, 14, 14, 16), 13),
+    ((8, 12, 7, 7, 14), 7),
+    ((1, 8, 56, 56, 16), 13),
+    ((1, 2, 200, 320, 16), 13),
+]
 # depthwise convolution and BatchNorm: (batch, channels, height, width), kernel
-MAPS = [((64, 24, 16, 16), 13), ((64, 48, 16, 16), 3), ((64, 96, 4, 4), 9), ((8, 56, 56, 56), 17), ((8, 256, 14, 14), 3)]
-
-
-class Framework:
-    """What differs between Jittor and PyTorch for a benchmark."""
-
-    def __init__(self, contestant):
-        self.jittor = contestant == "jittor"
-        sys.path.insert(0, str(ROOT / ("jittor_impl" if self.jittor else "torch_impl")))
-        import models
-        import ops
-        self.models, self.ops = models, ops
-        if self.jittor:
-            from jittor_setup import jt
-            self.jt = jt
-        else:
-            import torch
-            self.torch = torch
-            ops.set_na2d_backend("natten" if contestant.startswith("natten") else "dense")
-
-    def array(self, shape):
-        import numpy as np
-        values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        if self.jittor:
-            return self.jt.array(values)
-        tensor = self.torch.from_numpy(values).requires_grad_()
-        return tensor.contiguous(memory_format=self.torch.channels_last) if len(shape) == 4 else tensor
-
-    def forward_backward(self, function, *inputs):
-        """Run function(*inputs) and pull a gradient (the output itself) back to every input."""
-        out = function(*inputs)
-        if self.jittor:
-            self.jt.sync([out, *self.jt.grad((out * out.detach()).sum(), list(inputs))])
-        else:
-            self.torch.autograd.grad(out, inputs, out.detach())
-
-    def fold_batch_norms(self, model):
-        """Do by PyTorch's own means what Jittor's inference does by itself; for a model in evaluation mode."""
-        from torch.nn.utils.fusion import fuse_conv_bn_eval
-        for module in model.modules():
-            layers = list(module) if isinstance(module, self.torch.nn.Sequential) else []
-            for i, (layer, following) in enumerate(zip(layers, layers[1:])):
-                if isinstance(following, self.torch.nn.BatchNorm2d) and type(layer) is self.torch.nn.Conv2d:
-                    module[i], module[i + 1] = fuse_conv_bn_eval(layer, following), self.torch.nn.Identity()
+MAPS = [
+    ((64, 24, 16, 16), 13),
+    ((64, 48, 16, 16), 3),
+    ((64, 96, 4, 4), 9),
+    ((8, 56, 56, 56), 17),
+    ((8, 256, 14, 14), 3),
+]
 
 
 def measure(step, seconds):
-    """Warm up, then repeat `step` for about `seconds`, at least twice. Returns the list of times in seconds."""
+    """Warm up, then repeat `step` for about `seconds`, at least twice. Returns the times in seconds."""
     start = time.perf_counter()
     step()
     if time.perf_counter() - start < seconds:
@@ -94,112 +66,204 @@ def measure(step, seconds):
     return times
 
 
-def bench_model(f, kind, variant, side, batch):
+def random_array(shape):
     import numpy as np
-    import train
-    model = f.models.OverLoCK(**f.models.VARIANTS[variant], num_classes=20)
-    generator = np.random.default_rng(0)
-    images = generator.standard_normal((batch, 3, side, side)).astype(np.float32)
-    labels = generator.integers(0, 20, batch)
-    args = train.make_parser().parse_args([])
-    training = kind == "training step"
-    model.train() if training else model.eval()
-    if kind == "merged inference":
-        model.reparam()
-        if not f.jittor:
+
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+@dataclass
+class ModelTask:
+    """A training step, as train.py makes it, or inference."""
+
+    kind: str
+    variant: str
+    side: int
+    batch: int
+    seconds = 6
+
+    def __str__(self):
+        return f"{self.kind}, {self.variant}, {self.side}x{self.side}, batch {self.batch}"
+
+    def uses_natten(self):
+        return self.batch == larger_batch(self.variant)
+
+    def step(self, f):
+        import numpy as np
+
+        train = f.module("train")
+        args = train.make_parser().parse_args(["--model", self.variant, "--device", "cpu"])
+        model, training = train.make_model(args), self.kind == "training step"
+        images = random_array((self.batch, 3, self.side, self.side))
+        labels = np.random.default_rng(0).integers(0, args.num_classes, self.batch)
+        model.train() if training else model.eval()
+        if self.kind == "merged inference":
+            model.reparam()
             f.fold_batch_norms(model)
-    if not f.jittor:
-        model = model.to(memory_format=f.torch.channels_last)
-    optimizer = train.make_optimizer(model, args)
-    if f.jittor:
-        def step():
-            output, target = model(f.jt.array(images)), f.jt.array(labels.astype(np.int32))
-            loss = train.cross_entropy(output["main"], target) + 0.4 * train.cross_entropy(output["aux"], target)
-            optimizer.step(loss)
-            f.jt.sync_all()
-            loss.item()
+        if not training:
+            return lambda: f.run_inference(model, images)
+        optimizer = train.make_optimizer(model, args)
+        return lambda: train.training_step(model, optimizer, images, labels, args)
 
-        def infer():
-            with f.jt.no_grad():
-                model(f.jt.array(images)).numpy()
-    else:
-        def batch_of():
-            return f.torch.from_numpy(images).contiguous(memory_format=f.torch.channels_last)
-
-        def step():
-            output, target = model(batch_of()), f.torch.from_numpy(labels)
-            loss = train.cross_entropy(output["main"], target) + 0.4 * train.cross_entropy(output["aux"], target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()
-
-        def infer():
-            with f.torch.inference_mode():
-                model(batch_of())
-    return measure(step if training else infer, 6)
+    def work(self):
+        """Every tensor in and out once, three times forward for training."""
+        models = Torch().module("models")
+        model = models.OverLoCK(**models.VARIANTS[self.variant], num_classes=20).eval()
+        if self.kind == "merged inference":
+            model.reparam()
+        sizes = []
+        layers = [module for module in model.modules() if not list(module.children())]
+        hooks = [m.register_forward_hook(lambda _, i, o: sizes.append(o.numel())) for m in layers]
+        products = self.batch * count_products(model, self.side)
+        for hook in hooks:
+            hook.remove()
+        parameters = sum(p.numel() for p in model.parameters())
+        bytes_moved = 4 * (parameters + 2 * self.batch * sum(sizes))
+        passes = 3 if self.kind == "training step" else 1
+        return passes * products, passes * bytes_moved
 
 
-def bench_operator(f, name, shape, kernel):
-    if name == "na2d_av":
-        attn, value = f.array((*shape[:4], kernel**2)), f.array(shape)
-        return measure(lambda: f.forward_backward(lambda a, v: f.ops.na2d_av(a, v, kernel), attn, value), 2)
-    if name == "depthwise":
-        conv = f.models.Conv2d(shape[1], shape[1], kernel, padding=kernel // 2, groups=shape[1], bias=False)
-        x = f.array(shape)
-        return measure(lambda: f.forward_backward(lambda x, w: conv(x), x, conv.weight), 2)
-    norm, x = f.models.BatchNorm2d(shape[1]), f.array(shape)
-    return measure(lambda: f.forward_backward(lambda x, w, b: norm(x), x, norm.weight, norm.bias), 2)
-
-
-def bench_loading(f, side, batch):
+@dataclass
+class LoadingTask:
     """Batches as training takes them from memory: shuffled, flipped, normalised."""
-    import numpy as np
-    from dataset import TinyImageNet
-    data = TinyImageNet([], [], [], progress=False)
-    data.images = np.random.default_rng(0).integers(0, 256, (64 * batch, side, side, 3), np.uint8)
-    data.labels = np.zeros(len(data.images), np.int64)
-    batches = iter(())
 
-    def step():
-        nonlocal batches
-        if next(batches, None) is None:
-            batches = data.batches(batch, 0, 1)
-            next(batches)
-    return measure(step, 2)
+    side: int
+    batch: int
+    kind = "data loading"
+    seconds = 2
+
+    def __str__(self):
+        return f"{self.kind}, {self.side}x{self.side}, batch {self.batch}"
+
+    def uses_natten(self):
+        return False
+
+    def step(self, f):
+        import numpy as np
+
+        data = f.module("dataset").TinyImageNet([], [], [], progress=False)
+        shape = (64 * self.batch, self.side, self.side, 3)
+        data.images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        data.labels = np.zeros(len(data.images), np.int64)
+        batches = iter(())
+
+        def step():
+            nonlocal batches
+            if next(batches, None) is None:
+                batches = data.batches(self.batch, 0, 1)
+                next(batches)
+
+        return step
+
+    def work(self):
+        return 0, self.batch * 3 * self.side**2 * (1 + 4)  # bytes in, floats out
 
 
-def worker(contestant, task):
+@dataclass
+class OperatorTask:
+    """An operator, forward and backward."""
+
+    kind: str
+    shape: tuple
+    kernel: int
+    seconds = 2
+
+    def __str__(self):
+        shape = "x".join(map(str, self.shape))
+        return f"{self.kind}, {shape}" + (f", kernel {self.kernel}" if self.kernel else "")
+
+    def uses_natten(self):
+        return self.kind == "na2d_av"
+
+    def step(self, f):
+        if self.kind == "na2d_av":
+            na2d_av, value = f.module("ops").na2d_av, f.array(random_array(self.shape))
+            attn = f.array(random_array((*self.shape[:4], self.kernel**2)))
+            return lambda: f.run_forward_backward(
+                lambda a, v: na2d_av(a, v, self.kernel), (attn, value)
+            )
+        models, x = f.module("models"), f.feature_map(random_array(self.shape))
+        channels = self.shape[1]
+        if self.kind == "depthwise":
+            settings = dict(padding=self.kernel // 2, groups=channels, bias=False)
+            conv = models.Conv2d(channels, channels, self.kernel, **settings)
+            return lambda: f.run_forward_backward(lambda x, w: conv(x), (x, conv.weight))
+        norm = models.BatchNorm2d(channels)
+        return lambda: f.run_forward_backward(lambda x, w, b: norm(x), (x, norm.weight, norm.bias))
+
+    def work(self):
+        size = math.prod(self.shape)
+        if self.kind == "batch norm":
+            return 8 * size, 4 * 5 * size
+        if self.kind == "na2d_av":
+            weights = size // self.shape[4] * self.kernel**2
+            return 3 * size * self.kernel**2, 4 * (3 * weights + 5 * size)
+        # A window's taps that fall on the map, in all pixels together; a product with padding can be
+        # saved.
+        reach = self.kernel // 2
+        taps = [
+            sum(min(i + reach, n - 1) - max(i - reach, 0) + 1 for i in range(n))
+            for n in self.shape[2:]
+        ]
+        products = math.prod(self.shape[:2]) * math.prod(taps)
+        return 3 * products, 4 * 5 * size
+
+
+def larger_batch(variant):
+    return next(batches[0] for name, _, batches in MODELS if name == variant)
+
+
+def tasks():
+    for variant, side, batches in MODELS:
+        for batch in batches:
+            yield from (ModelTask(kind, variant, side, batch) for kind in STEPS)
+    yield LoadingTask(64, 64)
+    for shape, kernel in WINDOWS:
+        yield OperatorTask("na2d_av", shape, kernel)
+    for shape, kernel in MAPS:
+        yield OperatorTask("depthwise", shape, kernel)
+        yield OperatorTask("batch norm", shape, 0)
+
+
+def find_task(name):
+    return next(task for task in tasks() if str(task) == name)
+
+
+def adapter(implementation):
+    """The framework under measurement in this process."""
+    if implementation == "jittor":
+        return Jittor()
+    return Torch(na2d="natten" if implementation.startswith("natten") else "dense")
+
+
+def worker(implementation, task):
     """Run one measurement in this process and print it as JSON."""
-    kind, *arguments = task
-    f = Framework(contestant)
-    if kind in STEPS:
-        times = bench_model(f, *task)
-    elif kind == "data loading":
-        times = bench_loading(f, *arguments)
-    else:
-        times = bench_operator(f, kind, *arguments)
+    f = adapter(implementation)
+    times = measure(task.step(f), task.seconds)
     # Not getrusage's ru_maxrss, which begins with that of the parent process.
     peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # MiB
-    threads = f.torch.get_num_threads() if not f.jittor else ctypes.CDLL("libgomp.so.1").omp_get_max_threads()
-    print("RESULT " + json.dumps({"times": times, "peak": peak, "threads": threads}))
+    print("RESULT " + json.dumps({"times": times, "peak": peak, "threads": f.threads()}))
 
 
 def machine_rates():
-    """Measured multiply-adds/s of a large float32 matrix product and bytes/s of a large copy, with all cores."""
+    """Measured multiply-adds/s of a large matrix product and bytes/s of a large copy, on all cores."""
     import torch
+
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    flops = 2048**3 / min(measure(lambda: a @ b, 2))
+    products = 2048**3 / min(measure(lambda: a @ b, 2))
     source, target = torch.randn(2**26), torch.empty(2**26)
     copy = 2 * source.numel() * 4 / min(measure(lambda: target.copy_(source), 2))
-    return flops, copy
+    return products, copy
 
 
 def count_products(model, side):
-    """Multiply-adds of one image of side x side: convolutions and matrix products by PyTorch's counter, na2d_av by its definition."""
-    import contmix
+    """Multiply-adds of one image of side x side.
+
+    Convolutions and matrix products by PyTorch's counter, na2d_av by its definition.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+
     window_products = 0
 
     def counted_na2d_av(attn, value, kernel_size):
@@ -207,161 +271,137 @@ def count_products(model, side):
         window_products += attn.numel() * value.shape[-1]
         return torch.zeros_like(value)
 
-    with mock.patch.object(contmix, "na2d_av", counted_na2d_av), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    contmix = Torch().module("contmix")
+    counter = FlopCounterMode(display=False)
+    with mock.patch.object(contmix, "na2d_av", counted_na2d_av), torch.no_grad(), counter:
         model(torch.zeros(1, 3, side, side))
     return counter.get_total_flops() / 2 + window_products
 
 
-def work(task):
-    """(multiply-adds, bytes) that a task cannot avoid: every tensor in and out once, three times forward for training."""
-    kind, *arguments = task
-    if kind in STEPS:
-        sys.path.insert(0, str(ROOT / "torch_impl"))
-        import models
-        variant, side, batch = arguments
-        model = models.OverLoCK(**models.VARIANTS[variant], num_classes=20).eval()
-        if kind == "merged inference":
-            model.reparam()
-        moved = sum(p.numel() for p in model.parameters()) * 4
-        hooks = [m.register_forward_hook(lambda _, i, o: sizes.append(4 * o.numel()))
-                 for m in model.modules() if not list(m.children())]
-        sizes = []
-        flops = batch * count_products(model, side)
-        for hook in hooks:
-            hook.remove()
-        moved += 2 * batch * sum(sizes)
-        return (3 * flops, 3 * moved) if kind == "training step" else (flops, moved)
-    if kind == "data loading":
-        side, batch = arguments
-        return 0, batch * 3 * side * side * (1 + 4)  # bytes in, floats out
-    shape, kernel = arguments
-    size = 1
-    for n in shape:
-        size *= n
-    if kind == "na2d_av":
-        weights = size // shape[4] * kernel**2
-        return 3 * size * kernel**2, 4 * (3 * weights + 5 * size)
-    # A window's taps that fall on the map, in all pixels together; a product with padding can be saved.
-    taps = [sum(min(i + kernel // 2, n - 1) - max(i - kernel // 2, 0) + 1 for i in range(n)) for n in shape[2:]]
-    products = size // (shape[2] * shape[3]) * taps[0] * taps[1]
-    return (3 * products, 4 * 5 * size) if kind == "depthwise" else (8 * size, 4 * 5 * size)
+def fail(implementation, what, result):
+    reason = (result.stderr.strip() or "?").splitlines()[-1]
+    sys.exit(f"bench.py: error: {implementation} failed at {what}: {reason}")
 
 
-def tasks():
-    for variant, side, batches in MODELS:
-        for batch in batches:
-            yield "training step", variant, side, batch
-            yield "inference", variant, side, batch
-            yield "merged inference", variant, side, batch
-    yield "data loading", 64, 64
-    for shape, kernel in WINDOWS:
-        yield "na2d_av", shape, kernel
-    for shape, kernel in MAPS:
-        yield "depthwise", shape, kernel
-        yield "batch norm", shape, kernel
-
-
-def describe(task):
-    kind, *arguments = task
-    if kind in STEPS:
-        return f"{kind}, {arguments[0]}, {arguments[1]}x{arguments[1]}, batch {arguments[2]}"
-    if kind == "data loading":
-        return f"{kind}, {arguments[0]}x{arguments[0]}, batch {arguments[1]}"
-    shape = "x".join(map(str, arguments[0]))
-    return f"{kind}, {shape}" + ("" if kind == "batch norm" else f", kernel {arguments[1]}")
-
-
-def fail(contestant, what, result):
-    sys.exit(f"bench.py: error: {contestant} failed at {what}: {(result.stderr.strip() or '?').splitlines()[-1]}")
-
-
-def run_worker(python, contestant, task, environment):
-    command = [python, __file__, "--worker", contestant, json.dumps(task)]
+def run_worker(python, implementation, task, environment):
+    command = [python, __file__, "--worker", implementation, str(task)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
-        fail(contestant, describe(task), result)
-    return json.loads(lines[0][len("RESULT "):])
+        fail(implementation, task, result)
+    return json.loads(lines[0][len("RESULT ") :])
 
 
 def first_step(python, implementation, home):
     """Seconds from the start of a process to the end of its first training step of XXT, batch 64."""
-    task = ["training step", "overlock_xxt", 64, 64]
-    code = (f"import sys; sys.argv = ['bench.py']; sys.path.insert(0, {str(ROOT)!r})\n"
-            "import bench; bench.measure = lambda step, seconds: step()\n"
-            f"bench.bench_model(bench.Framework({implementation!r}), *{task!r})")
+    # JITTOR_HOME would come before HOME.
+    environment = {name: value for name, value in os.environ.items() if name != "JITTOR_HOME"}
+    command = [python, __file__, "--first-step", implementation]
     start = time.perf_counter()
-    environment = {name: value for name, value in os.environ.items() if name != "JITTOR_HOME"}  # goes before HOME
-    result = subprocess.run([python, "-c", code], capture_output=True, text=True, env={**environment, "HOME": str(home)})
+    environment["HOME"] = str(home)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode != 0:
         fail(implementation, "its first step", result)
     return time.perf_counter() - start
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(prog="bench.py", description="Time Jittor, PyTorch and PyTorch with NATTEN.")
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description="Time Jittor, PyTorch and PyTorch with NATTEN."
+    )
     add = parser.add_argument
     add("--jittor-python", default=str(ROOT / ".venv-jittor/bin/python"))
     add("--torch-python", default=str(ROOT / ".venv-torch/bin/python"))
-    add("--natten-o3", type=Path, default=ROOT / ".natten-o3", help="folder of a NATTEN built with optimisation (make bench)")
-    add("--rounds", type=int, default=3, help="times that each contestant takes its turn")
+    natten = "folder of a NATTEN built with optimisation (make bench)"
+    add("--natten-o3", type=Path, default=ROOT / ".natten-o3", help=natten)
+    add("--rounds", type=int, default=3, help="times that each implementation takes its turn")
     add("--only", default="", help="only rows whose description contains this")
-    add("--cold", action="store_true", help="also time a first step with an empty Jittor cache, which takes minutes")
+    cold = "also time a first step with an empty Jittor cache, which takes minutes"
+    add("--cold", action="store_true", help=cold)
     add("--output", type=Path, default=ROOT / "logs")
-    add("--worker", nargs=2, help=argparse.SUPPRESS)
+    add("--worker", nargs=2, metavar=("IMPLEMENTATION", "TASK"), help=argparse.SUPPRESS)
+    add("--first-step", metavar="IMPLEMENTATION", help=argparse.SUPPRESS)
     return parser
 
 
-def find_contestants(args):
-    """{contestant: (its Python, the environment variables of its processes)}, of those that are installed."""
-    paths = [str(args.natten_o3.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+def find_implementations(args):
+    """{implementation: (its Python, the environment of its processes)}, of those that are installed."""
+    folder = args.natten_o3.resolve()
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     optimised = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     found = {"jittor": (args.jittor_python, None), "torch": (args.torch_python, None)}
+    code = "import natten; from natten.functional import na2d_av; print(natten.__file__)"
     for name, environment in (("natten", None), ("natten -O3", optimised)):
-        code = "import natten; from natten.functional import na2d_av; print(natten.__file__)"
-        result = subprocess.run([args.torch_python, "-c", code], capture_output=True, text=True, env=environment)
-        if result.returncode != 0 or environment and not Path(result.stdout.strip()).is_relative_to(args.natten_o3.resolve()):
+        command = [args.torch_python, "-c", code]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        is_other = environment and not Path(result.stdout.strip()).is_relative_to(folder)
+        if result.returncode != 0 or is_other:
             print(f"{name} is not installed: this build of the official operator is left out")
         else:
             found[name] = args.torch_python, environment
     return found
 
 
+def first_steps(environments, cold):
+    """(name, Jittor's seconds, PyTorch's) of the first steps of a process."""
+    jittor, torch = (first_step(environments[f][0], f, Path.home()) for f in ("jittor", "torch"))
+    yield "first training step of a new process", jittor, torch
+    if cold:
+        with tempfile.TemporaryDirectory() as home:
+            jittor = first_step(environments["jittor"][0], "jittor", home)
+        yield "the same with an empty Jittor cache", jittor, torch
+
+
+def print_row(row):
+    cells = [f"{row['task']:46}"]
+    for name in IMPLEMENTATIONS:
+        time_ms, spread = row[f"{name}_ms"], row[f"{name}_spread_ms"]
+        cells.append(f"{'-':>15}" if time_ms == "" else f"{time_ms:9.2f} +-{spread:4.1f}")
+    cells.append(f"{row['jittor_ms'] / row['torch_ms']:8.2f} {row['floor_ms']:8.2f}")
+    cells.append(f"{row['jittor_ms'] / row['floor_ms']:8.1f}")
+    cells.append(f"{row['jittor_peak_mib']:7.0f} {row['torch_peak_mib']:9.0f}")
+    rates = [row[f"{name}_images_per_s"] for name in ("jittor", "torch")]
+    if rates[0] != "":
+        cells.append(f"  {rates[0]:.0f} / {rates[1]:.0f} images/s")
+    print(" ".join(cells), flush=True)
+
+
 def main():
     parser = make_parser()
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker[0], json.loads(args.worker[1]))
-    environments = find_contestants(args)
-    if not any(args.only in describe(task) for task in tasks()):
+        return worker(args.worker[0], find_task(args.worker[1]))
+    if args.first_step:
+        return ModelTask("training step", *("overlock_xxt", 64, 64)).step(
+            adapter(args.first_step)
+        )()
+    environments = find_implementations(args)
+    chosen = [task for task in tasks() if args.only in str(task)]
+    if not chosen:
         parser.error(f"no row's description contains {args.only!r}")
-    flops_rate, byte_rate = machine_rates()
-    print(f"{os.cpu_count()} cores; matrix product {flops_rate / 1e9:.0f} G multiply-adds/s, copy {byte_rate / 1e9:.1f} GB/s\n"
-          "median milliseconds +- half of the interquartile range; peak memory of the process in MiB")
-    print(f"{'':46} {' '.join(f'{name:>15}' for name in CONTESTANTS)} {'jt/torch':>8} {'floor':>8} {'jt/floor':>8} {'jt MiB':>7} {'torch MiB':>9}")
+    products_rate, byte_rate = machine_rates()
+    print(
+        f"{os.cpu_count()} cores; matrix product {products_rate / 1e9:.0f} G multiply-adds/s, "
+        f"copy {byte_rate / 1e9:.1f} GB/s\nmedian milliseconds +- half of the interquartile range; "
+        "peak memory of the process in MiB"
+    )
+    names = " ".join(f"{name:>15}" for name in IMPLEMENTATIONS)
+    print(
+        f"{'':46} {names} {'jt/torch':>8} {'floor':>8} {'jt/floor':>8} {'jt MiB':>7} {'torch MiB':>9}"
+    )
     rows = []
-    for task in tasks():
-        if args.only not in describe(task):
-            continue
+    for task in chosen:
         row = bench(task, environments, args.rounds)
-        flops, moved = work(task)
-        row["floor_ms"] = 1e3 * max(flops / flops_rate, moved / byte_rate)
+        products, bytes_moved = task.work()
+        row["floor_ms"] = 1e3 * max(products / products_rate, bytes_moved / byte_rate)
         rows.append(row)
-        cells = " ".join(f"{row[f'{n}_ms']:9.2f} +-{row[f'{n}_spread_ms']:4.1f}" if row[f"{n}_ms"] != "" else f"{'-':>15}"
-                         for n in CONTESTANTS)
-        print(f"{row['task']:46} {cells} {row['jittor_ms'] / row['torch_ms']:8.2f} {row['floor_ms']:8.2f} "
-              f"{row['jittor_ms'] / row['floor_ms']:8.1f} {row['jittor_peak_mib']:7.0f} {row['torch_peak_mib']:9.0f}"
-              + (f"   {row['jittor_images_per_s']:.0f} / {row['torch_images_per_s']:.0f} images/s" if task[0] in STEPS else ""),
-              flush=True)
-    print("threads: " + ", ".join(f"{name} {rows[-1][f'{name}_threads']}" for name in ("jittor", "torch")))
-    jittor, torch = (first_step(environments[name][0], name, Path.home()) for name in ("jittor", "torch"))
-    first = [("first training step of a new process", jittor, torch)]
-    if args.cold:
-        with tempfile.TemporaryDirectory() as home:
-            first.append(("the same with an empty Jittor cache", first_step(args.jittor_python, "jittor", home), torch))
-    for task, jittor, torch in first:
-        print(f"{task:46} {1e3 * jittor:9.0f} {'':5} {1e3 * torch:9.0f}", flush=True)
-        rows.append({**dict.fromkeys(rows[0], ""), "task": task, "jittor_ms": 1e3 * jittor, "torch_ms": 1e3 * torch})
+        print_row(row)
+    threads = [f"{name} {rows[-1][f'{name}_threads']}" for name in ("jittor", "torch")]
+    print("threads: " + ", ".join(threads))
+    for name, jittor, torch in first_steps(environments, args.cold):
+        print(f"{name:46} {1e3 * jittor:9.0f} {'':5} {1e3 * torch:9.0f}", flush=True)
+        empty = dict.fromkeys(rows[0], "")
+        rows.append({**empty, "task": name, "jittor_ms": 1e3 * jittor, "torch_ms": 1e3 * torch})
     args.output.mkdir(parents=True, exist_ok=True)
     with open(args.output / "bench.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
@@ -371,44 +411,46 @@ def main():
     print(f"written: {args.output / 'bench.csv'}, {args.output / 'bench.png'}")
 
 
-def uses_natten(task):
-    """Whether NATTEN takes a turn at `task`: the operator, and the models at their larger batch."""
-    return task[0] == "na2d_av" or task[0] in STEPS and task[3] == LARGER_BATCH[task[1]]
-
-
 def bench(task, environments, rounds):
-    """Let the contestants take turns at `task`. Returns a row of the table, its floor excepted."""
+    """Let the implementations take turns at `task`. Returns a row of the table, its floor excepted."""
     times, peaks, threads = {name: [] for name in environments}, {}, {}
     for _ in range(rounds):
         for name, (python, environment) in environments.items():
-            if name.startswith("natten") and not uses_natten(task):
+            if name.startswith("natten") and not task.uses_natten():
                 continue
             result = run_worker(python, name, task, environment)
             times[name] += result["times"]
             peaks[name] = max(peaks.get(name, 0), result["peak"])
             threads[name] = result["threads"]
-    row = {"task": describe(task)}
-    for name in CONTESTANTS:
+    row = {"task": str(task)}
+    for name in IMPLEMENTATIONS:
         values = [1e3 * t for t in times.get(name, [])]
         quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [0, 0, 0]
-        row[f"{name}_ms"] = statistics.median(values) if values else ""
+        median = statistics.median(values) if values else ""
+        row[f"{name}_ms"] = median
         row[f"{name}_spread_ms"] = (quartiles[2] - quartiles[0]) / 2 if values else ""
-        row[f"{name}_images_per_s"] = 1e3 * task[3] / row[f"{name}_ms"] if values and task[0] in STEPS else ""
+        counts_images = values and task.kind in STEPS
+        row[f"{name}_images_per_s"] = 1e3 * task.batch / median if counts_images else ""
         row[f"{name}_peak_mib"] = peaks.get(name, "")
         row[f"{name}_threads"] = threads.get(name, "")
     return row
 
 
 def draw(rows, path):
-    """Bars of each contestant's time relative to PyTorch's, one group a task; logarithmic."""
+    """Bars of each implementation's time relative to PyTorch's, one group a task; logarithmic."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
-    for i, (name, color) in enumerate(zip(CONTESTANTS, ("#00466e", "#f0ad30", "#999999", "#cccccc"))):
-        shown = [(y + 0.22 * i, row[f"{name}_ms"] / row["torch_ms"]) for y, row in enumerate(rows) if row[f"{name}_ms"] != ""]
-        axes.barh([y for y, _ in shown], [x for _, x in shown], height=0.2, color=color, label=name)
-    axes.set_yticks([y + 0.33 for y in range(len(rows))], [row["task"] for row in rows], fontsize=7)
+    colors = ("#00466e", "#f0ad30", "#999999", "#cccccc")
+    for i, (name, color) in enumerate(zip(IMPLEMENTATIONS, colors)):
+        shown = [(y, row) for y, row in enumerate(rows) if row[f"{name}_ms"] != ""]
+        places = [y + 0.22 * i for y, _ in shown]
+        ratios = [row[f"{name}_ms"] / row["torch_ms"] for _, row in shown]
+        axes.barh(places, ratios, height=0.2, color=color, label=name)
+    axes.set_yticks([y + 0.33 for y in range(len(rows))], [r["task"] for r in rows], fontsize=7)
     axes.set(xscale="log", xlabel="time, relative to our PyTorch")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()

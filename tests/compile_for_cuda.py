@@ -7,6 +7,7 @@ real ones; the libraries that are loaded are stand-ins whose functions do nothin
 from one operator to the next. It shows that everything compiles and links, and nothing about the numbers. Takes some 15
 minutes on two cores; with --home the compiled files stay there for the next time.
 """
+
 import argparse
 import os
 import re
@@ -17,9 +18,9 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS.parent / "jittor_impl"))
-import cuda_toolkit
-from setup_files import replace_link
+sys.path.insert(0, str(TESTS.parent))
+from jittor_impl.aligned.setup import cuda_toolkit  # noqa: E402
+from jittor_impl.aligned.setup.atomic import replace_link  # noqa: E402
 
 STUBS = TESTS / "cuda_stubs.c"
 STAND_INS = ("cudart", "cublas", "cublasLt", "cudnn", "cufft", "curand", "cusparse")
@@ -27,13 +28,43 @@ STAND_INS = ("cudart", "cublas", "cublasLt", "cudnn", "cufft", "curand", "cuspar
 
 def make_stand_in(library, folder):
     """A library of the same name and with the same functions, which do nothing. Returns its path."""
-    symbols = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True).stdout
-    names = {line.split()[2].partition("@")[0] for line in symbols.splitlines() if line.split()[1] in "TWi"}
-    written = set(re.findall(r"\b\w+(?=\()", subprocess.run(["gcc", "-E", "-P", STUBS], check=True, capture_output=True, text=True).stdout))
-    names = {name for name in names - written if re.match("_*(cuda|cublas|cudnn|cufft|curand|cusparse)", name)}
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True
+    ).stdout
+    names = {
+        line.split()[2].partition("@")[0]
+        for line in symbols.splitlines()
+        if line.split()[1] in "TWi"
+    }
+    written = set(
+        re.findall(
+            r"\b\w+(?=\()",
+            subprocess.run(
+                ["gcc", "-E", "-P", STUBS], check=True, capture_output=True, text=True
+            ).stdout,
+        )
+    )
+    names = {
+        name
+        for name in names - written
+        if re.match("_*(cuda|cublas|cudnn|cufft|curand|cusparse)", name)
+    }
     source, stand_in = folder / f"{library.name}.c", folder / library.name
     source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names)))
-    subprocess.run(["gcc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", stand_in, source, STUBS], check=True)
+    subprocess.run(
+        [
+            "gcc",
+            "-w",
+            "-shared",
+            "-fPIC",
+            f"-Wl,-soname,{library.name}",
+            "-o",
+            stand_in,
+            source,
+            STUBS,
+        ],
+        check=True,
+    )
     return stand_in
 
 
@@ -41,7 +72,9 @@ def prepare(home):
     """Put the toolkit of this environment under `home`, with stand-ins for its libraries. Returns its nvcc."""
     nvcc = cuda_toolkit.packaged_nvcc(home)
     if not nvcc:
-        sys.exit("compile_for_cuda.py: error: NVIDIA's packages are not installed; pip install -r requirements-cuda.txt")
+        sys.exit(
+            "compile_for_cuda.py: error: NVIDIA's packages are not installed; pip install -r requirements-cuda.txt"
+        )
     lib64 = Path(nvcc).parents[1] / "lib64"
     for name in STAND_INS:
         library = (lib64 / f"lib{name}.so").resolve()
@@ -54,22 +87,19 @@ def prepare(home):
 def steps(model_name, size):
     """A training step and inference, on the GPU that is not there; runs in a process of its own."""
     import numpy as np
-    from jittor_setup import jt
+    from jittor_impl import models, train
+    from jittor_impl.aligned.start import jt
 
-    import models
-    import train
     jt.flags.use_cuda = 1
     defaults = train.make_parser().parse_args([])
     model = models.OverLoCK(**models.VARIANTS[model_name], num_classes=defaults.num_classes)
     optimizer = train.make_optimizer(model, defaults)
-    images, labels = jt.array(np.zeros((2, 3, size, size), np.float32)), jt.array(np.array([0, 1], np.int32))
+    images, labels = np.zeros((2, 3, size, size), np.float32), np.array([0, 1])
     model.train()
-    output = model(images)
-    main, aux = (train.cross_entropy(output[head], labels) for head in ("main", "aux"))
-    optimizer.step(main + defaults.aux_loss_ratio * aux)
-    jt.sync_all()
+    train.training_step(model, optimizer, images, labels, defaults)
     print("every operator of a training step is compiled", flush=True)
     model.eval()
+    images = jt.array(images)
     with jt.no_grad():
         model(images).numpy()
         model.reparam()
@@ -78,23 +108,34 @@ def steps(model_name, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="compile_for_cuda.py", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="compile_for_cuda.py", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--model", default="overlock_xxt")
     parser.add_argument("--img-size", type=int, default=64)
     parser.add_argument("--archs", default="80 90", help="compute capabilities, without the dot")
-    parser.add_argument("--home", type=Path, help="where the compiled files go, by default a temporary folder")
+    parser.add_argument(
+        "--home", type=Path, help="where the compiled files go, by default a temporary folder"
+    )
     args = parser.parse_args()
     if "OVERLOCK_COMPILES_FOR_CUDA" in os.environ:
         return steps(args.model, args.img_size)
     with tempfile.TemporaryDirectory() as temporary:
         home, start = (args.home or Path(temporary)).resolve(), time.perf_counter()
         home.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "HOME": str(home), "nvcc_path": prepare(home), "cuda_archs": args.archs,
-                       "OVERLOCK_COMPILES_FOR_CUDA": "1"}
+        environment = {
+            **os.environ,
+            "HOME": str(home),
+            "nvcc_path": prepare(home),
+            "cuda_archs": args.archs,
+            "OVERLOCK_COMPILES_FOR_CUDA": "1",
+        }
         environment.pop("JITTOR_HOME", None)  # it would come before HOME
         status = subprocess.run([sys.executable, *sys.argv], env=environment).returncode
-        print(f"{'compiled' if status == 0 else 'failed'} for compute capabilities {args.archs}, "
-              f"{(time.perf_counter() - start) / 60:.0f} min")
+        print(
+            f"{'compiled' if status == 0 else 'failed'} for compute capabilities {args.archs}, "
+            f"{(time.perf_counter() - start) / 60:.0f} min"
+        )
         sys.exit(status)
 
 

@@ -1,18 +1,20 @@
-"""Run by the environment of either framework: python dump_run.py IMPL_DIR DATA_DIR SEED OUT.npz
+"""Run by the environment of either framework: python dump_run.py FRAMEWORK DATA_DIR SEED OUT.npz
 
 Writes the initial weights of XXT and two epochs of batches, for comparison bit by bit.
 """
+
 import sys
+from pathlib import Path
 
 import numpy as np
 
-impl, data_dir, seed, out = sys.argv[1:]
-sys.path.insert(0, impl)
-import models
-from checkpoint import model_arrays
-from dataset import load
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools import frameworks
 
-model = models.overlock_xxt(num_classes=3)
+name, data_dir, seed, out = sys.argv[1:]
+impl = frameworks.load(name)
+model_arrays, load = impl.module("checkpoint").model_arrays, impl.module("dataset").load
+model = impl.module("models").overlock_xxt(num_classes=3)
 model.init_weights(int(seed))
 train, val = load(data_dir, 3, 12, 6)
 arrays = {f"weight {key}": value for key, value in model_arrays(model).items()}

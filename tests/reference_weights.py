@@ -1,4 +1,5 @@
 """The reference values' weights, a formula of the state-dict key (tests/reference/README.md)."""
+
 import zlib
 
 import numpy as np

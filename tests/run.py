@@ -1,7 +1,8 @@
 """Run every test: each environment its part, then one summary.
 
-    python tests/run.py .venv-jittor/bin/python .venv-torch/bin/python [pytest options]
+python tests/run.py .venv-jittor/bin/python .venv-torch/bin/python [pytest options]
 """
+
 import os
 import subprocess
 import sys
@@ -25,8 +26,11 @@ def run_part(name, python, others, options):
             return f"{name:8} pytest ended with status {status} and no report", [], False
         suite = ET.parse(report).getroot().find("testsuite")
         counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-        skips = [f"{case.get('classname')}::{case.get('name')}: {case.find('skipped').get('message')}"
-                 for case in suite.iter("testcase") if case.find("skipped") is not None]
+        skips = [
+            f"{case.get('classname')}::{case.get('name')}: {case.find('skipped').get('message')}"
+            for case in suite.iter("testcase")
+            if case.find("skipped") is not None
+        ]
         failed = counts["failures"] + counts["errors"]
         passed = counts["tests"] - failed - counts["skipped"]
         line = f"{name:8} {passed} passed, {failed} failed, {counts['skipped']} skipped, {time.perf_counter() - start:.0f} s"
@@ -36,7 +40,10 @@ def run_part(name, python, others, options):
 def main():
     pythons = [os.path.abspath(p) for p in sys.argv[1:3]]
     others = {"JITTOR_PYTHON": pythons[0], "TORCH_PYTHON": pythons[1]}
-    results = [run_part(name, python, others, sys.argv[3:]) for name, python in zip(("jittor", "torch"), pythons)]
+    results = [
+        run_part(name, python, others, sys.argv[3:])
+        for name, python in zip(("jittor", "torch"), pythons)
+    ]
     print("\n--- summary ---")
     for line, skips, _ in results:
         print(line)

@@ -1,16 +1,27 @@
 """Jittor's layers with PyTorch's arithmetic, against float64 NumPy where Jittor's own go wrong."""
+
 import numpy as np
-import ops
 import pytest
-from aligned_nn import BatchNorm2d, Conv2d, adaptive_avg_pool2d, bilinear_matrix, channel_norm, interpolate, pooling_matrix
-from jittor_setup import jt
+from jittor_impl.aligned import launch
+from jittor_impl.aligned.functions import (
+    LayerNormFunction,
+    adaptive_avg_pool2d,
+    bilinear_matrix,
+    convolve,
+    interpolate,
+    pooling_matrix,
+)
+from jittor_impl.aligned.nn import BatchNorm2d, Conv2d
+from jittor_impl.aligned.start import jt
 
 
 def error(actual, expected):
     return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("size", [(9, 7), (13, 7), (11, 7), (7, 4), (4, 7), (2, 7), (14, 7), (7, 2), (5, 1), (6, 6)])
+@pytest.mark.parametrize(
+    "size", [(9, 7), (13, 7), (11, 7), (7, 4), (4, 7), (2, 7), (14, 7), (7, 2), (5, 1), (6, 6)]
+)
 def test_adaptive_pooling(size):
     """Jittor's own is off by 0.6 at 9 -> 7 and divides by zero at 4 -> 7."""
     in_size, out_size = size
@@ -18,8 +29,13 @@ def test_adaptive_pooling(size):
     expected = np.empty((2, 3, out_size, out_size))
     for i in range(out_size):
         for j in range(out_size):
-            rows = slice(int(np.floor(i * in_size / out_size)), int(np.ceil((i + 1) * in_size / out_size)))
-            cols = slice(int(np.floor(j * (in_size + 2) / out_size)), int(np.ceil((j + 1) * (in_size + 2) / out_size)))
+            rows = slice(
+                int(np.floor(i * in_size / out_size)), int(np.ceil((i + 1) * in_size / out_size))
+            )
+            cols = slice(
+                int(np.floor(j * (in_size + 2) / out_size)),
+                int(np.ceil((j + 1) * (in_size + 2) / out_size)),
+            )
             expected[:, :, i, j] = x[:, :, rows, cols].mean((2, 3))
     var = jt.array(x.astype(np.float32))
     out = adaptive_avg_pool2d(var, (out_size, out_size))
@@ -27,15 +43,21 @@ def test_adaptive_pooling(size):
     # The layer is linear, so <grad, x> = <pool(x), w> for the gradient of <pool(x), w>.
     w = np.random.default_rng(1).standard_normal(expected.shape)
     grad = jt.grad((out * jt.array(w.astype(np.float32))).sum(), var).numpy()
-    assert abs((grad * x).sum() - (expected * w).sum()) < 1e-5 * np.linalg.norm(expected) * np.linalg.norm(w)
+    assert abs((grad * x).sum() - (expected * w).sum()) < 1e-5 * np.linalg.norm(
+        expected
+    ) * np.linalg.norm(w)
 
 
 def test_pooling_and_interpolation_matrices_average():
     for size, out_size in ((9, 7), (4, 9), (2, 15), (30, 11)):
-        assert np.allclose(pooling_matrix(size, out_size).sum(1), 1) and np.allclose(bilinear_matrix(size, out_size).sum(1), 1)
+        assert np.allclose(pooling_matrix(size, out_size).sum(1), 1) and np.allclose(
+            bilinear_matrix(size, out_size).sum(1), 1
+        )
 
 
-@pytest.mark.parametrize("size", [((4, 4), (9, 9)), ((6, 10), (9, 15)), ((2, 3), (4, 6)), ((9, 9), (5, 4))])
+@pytest.mark.parametrize(
+    "size", [((4, 4), (9, 9)), ((6, 10), (9, 15)), ((2, 3), (4, 6)), ((9, 9), (5, 4))]
+)
 def test_bilinear_interpolation(size):
     (H, W), (h, w) = size
     x = np.random.default_rng(0).standard_normal((1, 2, H, W))
@@ -46,8 +68,9 @@ def test_bilinear_interpolation(size):
             y0, z0 = int(y), int(z)
             y1, z1 = min(y0 + 1, H - 1), min(z0 + 1, W - 1)
             a, b = y - y0, z - z0
-            expected[..., i, j] = ((1 - a) * ((1 - b) * x[..., y0, z0] + b * x[..., y0, z1])
-                                   + a * ((1 - b) * x[..., y1, z0] + b * x[..., y1, z1]))
+            expected[..., i, j] = (1 - a) * ((1 - b) * x[..., y0, z0] + b * x[..., y0, z1]) + a * (
+                (1 - b) * x[..., y1, z0] + b * x[..., y1, z1]
+            )
     out = interpolate(jt.array(x.astype(np.float32)), (h, w), mode="bilinear", align_corners=False)
     assert error(out.numpy(), expected) < 2e-6
 
@@ -68,19 +91,26 @@ def test_batch_norm(ratio, kernels):
     mean, var64 = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
     normal = (x - mean) / np.sqrt(var64 + 1e-5)
     g = w * gamma
-    grad_x = (g - g.mean((0, 2, 3), keepdims=True) - normal * (g * normal).mean((0, 2, 3), keepdims=True)) / np.sqrt(var64 + 1e-5)
+    grad_x = (
+        g - g.mean((0, 2, 3), keepdims=True) - normal * (g * normal).mean((0, 2, 3), keepdims=True)
+    ) / np.sqrt(var64 + 1e-5)
     # x itself is a float32: its rounding, relative to the spread, is what remains.
     limit = 5e-6 + 20 * ratio * np.finfo(np.float32).eps
     assert error(out.numpy(), normal * gamma) < limit
     assert error(grads[0], grad_x) < limit
-    assert error(grads[1], (w * normal).sum((0, 2, 3))) < limit and error(grads[2], w.sum((0, 2, 3))) < 5e-6
+    assert (
+        error(grads[1], (w * normal).sum((0, 2, 3))) < limit
+        and error(grads[2], w.sum((0, 2, 3))) < 5e-6
+    )
     unbiased = x.var((0, 2, 3), ddof=1)
     assert error(layer.running_var.numpy(), 0.9 + 0.1 * unbiased) < 1e-5
     assert error(layer.running_mean.numpy(), 0.1 * mean.reshape(-1) + 1e-9) < 1e-5
     assert layer.num_batches_tracked.numpy().item() == 1
 
     layer.eval()
-    expected = (x - layer.running_mean.numpy().reshape(1, 3, 1, 1)) / np.sqrt(layer.running_var.numpy().reshape(1, 3, 1, 1) + 1e-5)
+    expected = (x - layer.running_mean.numpy().reshape(1, 3, 1, 1)) / np.sqrt(
+        layer.running_var.numpy().reshape(1, 3, 1, 1) + 1e-5
+    )
     assert error(layer(var).numpy(), expected * gamma) < limit
 
 
@@ -101,7 +131,7 @@ def test_channel_norm(ratio, kernels):
     weight, bias = (generator.standard_normal(24).astype(np.float32) for _ in range(2))
     w = generator.standard_normal(x.shape).astype(np.float32)
     variables = [jt.array(a) for a in (x, weight, bias)]
-    out = channel_norm(*variables, 1e-6)
+    out = LayerNormFunction.apply(*variables, 1e-6)
     grads = [g.numpy() for g in jt.grad((out * jt.array(w)).sum(), variables)]
     x = x.astype(np.float64)
     sigma = np.sqrt(x.var(1, keepdims=True) + 1e-6)
@@ -118,7 +148,7 @@ def test_channel_norm(ratio, kernels):
 @pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
 def test_half_precision(kernels, monkeypatch):
     """As on a GPU: a map of float16, parameters of float32; a loss in float32. Each result is off by its rounding alone."""
-    monkeypatch.setitem(ops.TYPES, 0, ops.TYPES[1])
+    monkeypatch.setitem(launch.TYPES, 0, launch.TYPES[1])
     generator = np.random.default_rng(0)
     x, w = ((generator.standard_normal((4, 3, 5, 7))).astype(np.float16) for _ in range(2))
     norm, conv, results = BatchNorm2d(3), Conv2d(3, 3, 3, padding=1, groups=3), []
@@ -126,10 +156,12 @@ def test_half_precision(kernels, monkeypatch):
     norm.train()
     for dtype in ("float16", "float32"):
         var = jt.array(x).cast(dtype)
-        for layer in (norm, lambda x: conv.depthwise(x, True)):
+        for layer in (norm, lambda x: convolve(x, conv, own=None, residual=True)):
             out = layer(var)
             assert out.dtype == dtype
-            grads = jt.grad((out.float32() * jt.array(w).float32()).sum(), [var, norm.weight, conv.weight])
+            grads = jt.grad(
+                (out.float32() * jt.array(w).float32()).sum(), [var, norm.weight, conv.weight]
+            )
             assert [g.dtype for g in grads] == [dtype, "float32", "float32"]
             results.append([v.float32().numpy() for v in (out, *grads)])
     assert norm.running_mean.dtype == norm.running_var.dtype == "float32"

@@ -1,4 +1,5 @@
 """Which CUDA toolkit Jittor gets, and the changes of the installed package that CUDA 13 and cuDNN 9 need."""
+
 import ctypes
 import os
 import shutil
@@ -7,23 +8,22 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import cuda_compat
-import cuda_toolkit
-import jittor_setup
 import pytest
+from jittor_impl.aligned import start
+from jittor_impl.aligned.setup import cuda_toolkit, patch_jittor
 
-SCRIPT = Path(cuda_compat.__file__)
+SCRIPT = Path(patch_jittor.__file__)
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """The folder of a copy of those files of the installed package that the changes are about, as Jittor has them."""
-    installed = cuda_compat.package_root()
-    for name in cuda_compat.read_patch(cuda_compat.PATCH.read_text()):
+    installed = patch_jittor.package_root()
+    for name in patch_jittor.read_patch(patch_jittor.PATCH.read_text()):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(installed / name, tmp_path / name)
-    monkeypatch.setattr(cuda_compat, "package_root", lambda: tmp_path)
-    cuda_compat.apply(revert=True)  # on a machine where CUDA 13 is in use
+    monkeypatch.setattr(patch_jittor, "package_root", lambda: tmp_path)
+    patch_jittor.apply(revert=True)  # on a machine where CUDA 13 is in use
     return tmp_path
 
 
@@ -33,12 +33,12 @@ def contents(folder):
 
 def test_changes_can_be_made_twice_and_taken_back(package):
     original = contents(package)
-    assert set(cuda_compat.apply()) == set(original)
+    assert set(patch_jittor.apply()) == set(original)
     changed = contents(package)
     assert all(changed[path] != original[path] for path in original)
-    assert cuda_compat.apply() == [] and contents(package) == changed
-    assert set(cuda_compat.apply(revert=True)) == set(original) and contents(package) == original
-    assert cuda_compat.apply(revert=True) == []
+    assert patch_jittor.apply() == [] and contents(package) == changed
+    assert set(patch_jittor.apply(revert=True)) == set(original) and contents(package) == original
+    assert patch_jittor.apply(revert=True) == []
     for path in package.rglob("*.py"):
         compile(changed[path], path, "exec")
 
@@ -47,21 +47,32 @@ def test_a_package_that_somebody_else_changed_is_left_alone(package):
     path = package / "jittor" / "depthwise_conv.py"
     path.write_text(path.read_text().replace("cub::LaneId()", "lane_id()"))
     before = contents(package)
-    with pytest.raises(cuda_compat.CompatError, match="depthwise_conv.py is not as Jittor 1.3.11.0 has it; pip install"):
-        cuda_compat.apply()
+    with pytest.raises(
+        patch_jittor.PatchError,
+        match="depthwise_conv.py is not as Jittor 1.3.11.0 has it; pip install",
+    ):
+        patch_jittor.apply()
     assert contents(package) == before
 
 
 def test_another_version_of_jittor_is_refused():
-    code = ("import sys, importlib.metadata as m; d = m.distribution('jittor'); "
-            "m.distribution = lambda name: type('D', (), {'version': '1.3.9.14'}); sys.argv[:] = ['cuda_compat.py']; "
-            f"sys.path.insert(0, {str(SCRIPT.parent)!r}); import cuda_compat; sys.exit(cuda_compat.main())")
+    code = (
+        "import sys, importlib.metadata as m; d = m.distribution('jittor'); "
+        "m.distribution = lambda name: type('D', (), {'version': '1.3.9.14'}); sys.argv[:] = ['patch_jittor.py']; "
+        f"sys.path.insert(0, {str(SCRIPT.parents[1])!r}); "
+        "from setup import patch_jittor; sys.exit(patch_jittor.main())"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "the changes are for Jittor 1.3.11.0, installed is 1.3.9.14; pip install jittor==1.3.11.0" in result.stderr
+    assert (
+        "the changes are for Jittor 1.3.11.0, installed is 1.3.9.14; pip install jittor==1.3.11.0"
+        in result.stderr
+    )
 
 
-@pytest.mark.parametrize("header, dropped", [("helper_cuda.h", "computeMode"), ("cuda_limits.h", "npp.h")])
+@pytest.mark.parametrize(
+    "header, dropped", [("helper_cuda.h", "computeMode"), ("cuda_limits.h", "npp.h")]
+)
 def test_headers_compile_with_cuda_13_once_changed(header, dropped, package, tmp_path):
     nvcc = cuda_toolkit.system_nvcc()
     if not nvcc or cuda_toolkit.toolkit_version(nvcc) < (13,):
@@ -69,12 +80,16 @@ def test_headers_compile_with_cuda_13_once_changed(header, dropped, package, tmp
     source = tmp_path / "headers.cu"
     source.write_text(f'#include "{header}"\n')
     # Behind the files of the copy, those which the changes are not about.
-    folders = [package / "jittor", Path(jittor_setup.jt.__file__).parent]
-    includes = [f"-I{folder / inner}" for folder in folders for inner in ("extern/cuda/inc", "src/misc", "src")]
+    folders = [package / "jittor", Path(start.jt.__file__).parent]
+    includes = [
+        f"-I{folder / inner}"
+        for folder in folders
+        for inner in ("extern/cuda/inc", "src/misc", "src")
+    ]
     command = [nvcc, "-std=c++17", "-DIS_CUDA", "-cuda", *includes, "-o", os.devnull, source]
     before = subprocess.run(command, capture_output=True, text=True)
     assert before.returncode != 0 and dropped in before.stderr, before.stderr
-    cuda_compat.apply()
+    patch_jittor.apply()
     after = subprocess.run(command, capture_output=True, text=True)
     assert after.returncode == 0, after.stderr
 
@@ -85,8 +100,12 @@ def fake_toolkit(folder, release, cudnn, lib64="lib64"):
     (folder / "include").mkdir()
     (folder / lib64).mkdir()
     # A library that can be loaded: any.
-    (folder / lib64 / "libcudart.so").symlink_to(next(Path(ctypes.__file__).parent.parent.glob("lib-dynload/_ctypes*.so")))
-    (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.48\n")
+    (folder / lib64 / "libcudart.so").symlink_to(
+        next(Path(ctypes.__file__).parent.parent.glob("lib-dynload/_ctypes*.so"))
+    )
+    (folder / "bin" / "nvcc").write_text(
+        f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.48\n"
+    )
     (folder / "bin" / "nvcc").chmod(0o755)
     if cudnn:
         (folder / "include" / "cudnn_version.h").write_text(f"#define CUDNN_MAJOR {cudnn}\n")
@@ -96,46 +115,63 @@ def fake_toolkit(folder, release, cudnn, lib64="lib64"):
 @pytest.fixture
 def choose(tmp_path, monkeypatch):
     """choose_cuda on a machine with so many GPUs and this system-wide nvcc. Returns the nvcc that Jittor gets."""
+
     def choose(gpus, nvcc, chosen=None, driver=13, capability=90, packaged=None):
         monkeypatch.delenv("nvcc_path", raising=False)
         if chosen is not None:
             monkeypatch.setenv("nvcc_path", chosen)
-        for module in (jittor_setup, cuda_toolkit):
+        for module in (start, cuda_toolkit):
             monkeypatch.setattr(module, "device_count", lambda: gpus)
             monkeypatch.setattr(module, "driver_version", lambda: driver)
         monkeypatch.setattr(cuda_toolkit, "compute_capability", lambda: capability)
-        monkeypatch.setattr(jittor_setup, "packaged_nvcc", lambda home: packaged)
-        monkeypatch.setattr(jittor_setup, "system_nvcc", lambda: nvcc)
-        jittor_setup.choose_cuda(tmp_path)
+        monkeypatch.setattr(start, "packaged_nvcc", lambda home: packaged)
+        monkeypatch.setattr(start, "system_nvcc", lambda: nvcc)
+        start.choose_cuda(tmp_path)
         return os.environ["nvcc_path"]
+
     return choose
 
 
 def test_nvcc_without_a_gpu_means_the_cpu(tmp_path, choose, capsys):
     nvcc = fake_toolkit(tmp_path / "cuda", "12.4", 8)
-    assert choose(0, nvcc) == "" and "no CUDA GPU is usable: running on the CPU\n" in capsys.readouterr().err
+    assert (
+        choose(0, nvcc) == ""
+        and "no CUDA GPU is usable: running on the CPU\n" in capsys.readouterr().err
+    )
     assert choose(0, None) == "" and capsys.readouterr().err == ""
     assert choose(0, None, chosen=nvcc) == "" and "no CUDA GPU is usable" in capsys.readouterr().err
     assert choose(1, nvcc, chosen="") == "" and capsys.readouterr().err == ""
 
 
 def test_a_gpu_without_nvcc_downloads_no_toolkit(choose, capsys):
-    assert choose(1, None) == "" and "no nvcc (pip install -r requirements-cuda.txt " in capsys.readouterr().err
-    assert choose(1, None, driver=12) == "" and "pip install" not in capsys.readouterr().err  # they are of CUDA 13
+    assert (
+        choose(1, None) == ""
+        and "no nvcc (pip install -r requirements-cuda.txt " in capsys.readouterr().err
+    )
+    assert (
+        choose(1, None, driver=12) == "" and "pip install" not in capsys.readouterr().err
+    )  # they are of CUDA 13
 
 
 def test_a_toolkit_that_jittor_downloaded_once_is_left_alone():
     from jittor_utils import install_cuda
+
     assert not install_cuda.has_installation()
 
 
-@pytest.mark.parametrize("release, cudnn, changed", [("12.4", 8, 0), ("12.4", 9, 7), ("13.0", 9, 7)])
-def test_jittor_is_changed_where_the_toolkit_needs_it(tmp_path, release, cudnn, changed, package, choose, capsys):
+@pytest.mark.parametrize(
+    "release, cudnn, changed", [("12.4", 8, 0), ("12.4", 9, 7), ("13.0", 9, 7)]
+)
+def test_jittor_is_changed_where_the_toolkit_needs_it(
+    tmp_path, release, cudnn, changed, package, choose, capsys
+):
     original = contents(package)
     nvcc = fake_toolkit(tmp_path / "cuda", release, cudnn)
     assert choose(1, nvcc) == nvcc
     assert sum(path.read_text() != text for path, text in original.items()) == changed
-    assert (f"changed {changed} files of the installed Jittor" in capsys.readouterr().err) == bool(changed)
+    assert (f"changed {changed} files of the installed Jittor" in capsys.readouterr().err) == bool(
+        changed
+    )
     assert choose(1, nvcc) == nvcc and capsys.readouterr().err == ""
 
 
@@ -143,9 +179,14 @@ def test_toolkits_that_cannot_be_used_mean_the_cpu(tmp_path, package, choose, mo
     monkeypatch.setattr(cuda_toolkit, "SYSTEM_INCLUDE", tmp_path)
     assert choose(1, fake_toolkit(tmp_path / "without", "12.4", None)) == ""
     assert "no cuDNN beside" in capsys.readouterr().err
-    assert choose(1, fake_toolkit(tmp_path / "conda", "12.4", 8, "lib")) == ""  # where Jittor does not look for libraries
+    assert (
+        choose(1, fake_toolkit(tmp_path / "conda", "12.4", 8, "lib")) == ""
+    )  # where Jittor does not look for libraries
     assert "lib64/libcudart.so" in capsys.readouterr().err
-    assert choose(1, None, chosen="/nowhere/nvcc") == "" and "no compiler /nowhere/nvcc" in capsys.readouterr().err
+    assert (
+        choose(1, None, chosen="/nowhere/nvcc") == ""
+        and "no compiler /nowhere/nvcc" in capsys.readouterr().err
+    )
     broken = Path(fake_toolkit(tmp_path / "broken", "12.4", 8))
     broken.write_bytes(b"\x7fELF of another machine")
     assert choose(1, str(broken)) == "" and "is no CUDA toolkit" in capsys.readouterr().err
@@ -169,29 +210,47 @@ def test_packages_of_nvidia_become_a_toolkit(tmp_path, monkeypatch):
     """In pip's layout, and again after the environment that the links led to was replaced."""
     files = {package: [] for package in cuda_toolkit.PACKAGES}
     files["nvidia-cuda-nvcc"] = ["nvidia/cu13/bin/nvcc", "nvidia/cu13/bin/crt/link.stub"]
-    files["nvidia-cuda-runtime"] = ["nvidia/cu13/include/cuda_runtime.h", "nvidia/cu13/include/crt/host_defines.h",
-                                    "nvidia/cu13/lib/libcudart.so.13", "nvidia/cu13/lib/libcudadevrt.a"]
-    files["nvidia-cudnn-cu13"] = ["nvidia/cudnn/include/cudnn_version.h", "nvidia/cudnn/lib/libcudnn.so.9"]
+    files["nvidia-cuda-runtime"] = [
+        "nvidia/cu13/include/cuda_runtime.h",
+        "nvidia/cu13/include/crt/host_defines.h",
+        "nvidia/cu13/lib/libcudart.so.13",
+        "nvidia/cu13/lib/libcudadevrt.a",
+    ]
+    files["nvidia-cudnn-cu13"] = [
+        "nvidia/cudnn/include/cudnn_version.h",
+        "nvidia/cudnn/lib/libcudnn.so.9",
+    ]
     for environment in ("old", "new"):
         site = tmp_path / environment
         for package, names in files.items():
             info = site / f"{package.replace('-', '_')}-13.0.dist-info"
             info.mkdir(parents=True)
-            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 13.0\n")
+            (info / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: {package}\nVersion: 13.0\n"
+            )
             (info / "RECORD").write_text("".join(f"{name},,\n" for name in names))
             for name in names:
                 (site / name).parent.mkdir(parents=True, exist_ok=True)
-                (site / name).write_text("#define CUDNN_MAJOR 9\n" if name.endswith("cudnn_version.h") else
-                                         f"#!/bin/sh\necho release 13.0, V13.0.88 of {environment}\n")
+                (site / name).write_text(
+                    "#define CUDNN_MAJOR 9\n"
+                    if name.endswith("cudnn_version.h")
+                    else f"#!/bin/sh\necho release 13.0, V13.0.88 of {environment}\n"
+                )
                 (site / name).chmod(0o755)
         monkeypatch.syspath_prepend(site)
         nvcc = cuda_toolkit.packaged_nvcc(tmp_path)
         root = Path(nvcc).parent.parent
         assert f"of {environment}" in subprocess.run([nvcc], capture_output=True, text=True).stdout
-        assert cuda_toolkit.toolkit_version(nvcc) == (13, 0, 88) and cuda_toolkit.cudnn_version(nvcc) == 9
-        for name, target in (("include/crt/host_defines.h", "cu13/include/crt/host_defines.h"),
-                             ("lib64/libcudart.so", "cu13/lib/libcudart.so.13"), ("lib64/libcudadevrt.a", "cu13/lib/libcudadevrt.a"),
-                             ("lib64/libcudnn.so.9", "cudnn/lib/libcudnn.so.9")):
+        assert (
+            cuda_toolkit.toolkit_version(nvcc) == (13, 0, 88)
+            and cuda_toolkit.cudnn_version(nvcc) == 9
+        )
+        for name, target in (
+            ("include/crt/host_defines.h", "cu13/include/crt/host_defines.h"),
+            ("lib64/libcudart.so", "cu13/lib/libcudart.so.13"),
+            ("lib64/libcudadevrt.a", "cu13/lib/libcudadevrt.a"),
+            ("lib64/libcudnn.so.9", "cudnn/lib/libcudnn.so.9"),
+        ):
             assert (root / name).resolve() == site / "nvidia" / target
         shutil.rmtree(site)
 
@@ -201,5 +260,6 @@ def test_an_incomplete_set_of_packages_is_no_toolkit(tmp_path, monkeypatch):
         if package == "nvidia-cudnn-cu13":
             raise metadata.PackageNotFoundError(package)
         return []
+
     monkeypatch.setattr(metadata, "files", files)
     assert cuda_toolkit.packaged_nvcc(tmp_path) is None

@@ -1,10 +1,15 @@
 """Reading TinyImageNet: layout, checks, batches."""
+
 import shutil
 
 import numpy as np
 import pytest
-from dataset import MEAN, STD, InputError, TinyImageNet, load
 from PIL import Image
+from under_test import module
+
+InputError = module("errors").InputError
+reader = module("dataset")
+MEAN, STD, TinyImageNet, load = reader.MEAN, reader.STD, reader.TinyImageNet, reader.load
 
 
 @pytest.fixture
@@ -18,7 +23,9 @@ def test_first_classes_in_sorted_order(dataset):
     train, val = load(dataset, 2, 5, 3)
     assert train.classes == ["n01", "n02"] and len(train) == 10 and len(val) == 6
     assert train.images.dtype == np.uint8 and train.images.shape == (10, 64, 64, 3)
-    first = np.asarray(Image.open(sorted((dataset / "train" / "n01" / "images").iterdir())[0]).convert("RGB"))
+    first = np.asarray(
+        Image.open(sorted((dataset / "train" / "n01" / "images").iterdir())[0]).convert("RGB")
+    )
     assert np.array_equal(train.images[0], first)
     assert train.labels.tolist() == [0] * 5 + [1] * 5 and val.labels.tolist() == [0, 0, 0, 1, 1, 1]
     annotated = np.asarray(Image.open(dataset / "val" / "images" / "val_n02_0.JPEG"))
@@ -28,7 +35,11 @@ def test_first_classes_in_sorted_order(dataset):
 def test_greyscale_files_become_rgb(dataset):
     train, _ = load(dataset, 3, 12, 6)
     grey = train.images[24]  # the first image of n03
-    assert grey.shape == (64, 64, 3) and (grey[..., 0] == grey[..., 1]).all() and (grey[..., 0] == grey[..., 2]).all()
+    assert (
+        grey.shape == (64, 64, 3)
+        and (grey[..., 0] == grey[..., 1]).all()
+        and (grey[..., 0] == grey[..., 2]).all()
+    )
 
 
 def test_batches_are_a_formula_of_seed_and_epoch(dataset):
@@ -37,7 +48,11 @@ def test_batches_are_a_formula_of_seed_and_epoch(dataset):
     order = generator.permutation(36)
     flip = generator.random(36) < 0.5
     batches = list(train.batches(16, seed=7, epoch=2))
-    assert [len(labels) for _, labels in batches] == [16, 16, 4]  # no batch is dropped, the last is smaller
+    assert [len(labels) for _, labels in batches] == [
+        16,
+        16,
+        4,
+    ]  # no batch is dropped, the last is smaller
     images = np.concatenate([images for images, _ in batches])
     assert images.dtype == np.float32 and images.shape == (36, 3, 64, 64)
     for position, (index, flipped) in enumerate(zip(order, flip)):
@@ -45,7 +60,9 @@ def test_batches_are_a_formula_of_seed_and_epoch(dataset):
         expected = (pixels / 255 - MEAN) / STD
         assert np.abs(images[position] - expected.transpose(2, 0, 1)).max() < 1e-5
     assert np.array_equal(np.concatenate([labels for _, labels in batches]), train.labels[order])
-    assert not np.array_equal(images, np.concatenate([images for images, _ in train.batches(16, seed=7, epoch=3)]))
+    assert not np.array_equal(
+        images, np.concatenate([images for images, _ in train.batches(16, seed=7, epoch=3)])
+    )
     again = np.concatenate([images for images, _ in train.batches(16, seed=7, epoch=2)])
     assert np.array_equal(images, again)  # a batch does not change the images in memory
     assert np.array_equal(np.concatenate([labels for _, labels in val.batches(5)]), val.labels)
@@ -61,8 +78,14 @@ def test_another_folder(tmp_path):
         load(tmp_path, 2, 1, 1)
 
 
-@pytest.mark.parametrize("numbers, option", [((4, 1, 1), "--num-classes"), ((3, 13, 1), "--train-per-class"),
-                                             ((3, 1, 7), "--val-per-class")])
+@pytest.mark.parametrize(
+    "numbers, option",
+    [
+        ((4, 1, 1), "--num-classes"),
+        ((3, 13, 1), "--train-per-class"),
+        ((3, 1, 7), "--val-per-class"),
+    ],
+)
 def test_more_than_there_is(dataset, numbers, option):
     with pytest.raises(InputError, match=option):
         load(dataset, *numbers)
@@ -75,7 +98,10 @@ def test_class_without_images(broken):
         load(broken, 3, 1, 1)
 
 
-@pytest.mark.parametrize("content, reason", [(b"not an image", "not an image"), (b"", "not an image"), (None, "truncated")])
+@pytest.mark.parametrize(
+    "content, reason",
+    [(b"not an image", "not an image"), (b"", "not an image"), (None, "truncated")],
+)
 def test_broken_image_is_named(broken, content, reason):
     path = broken / "val" / "images" / "val_n01_2.JPEG"
     path.write_bytes(path.read_bytes()[:1200] if content is None else content)
@@ -90,7 +116,10 @@ def test_annotated_image_that_is_missing(broken):
         load(broken, 3, 12, 6)
 
 
-@pytest.mark.parametrize("line", ["val_n01_2.JPEG n01 0 0 63 63", "val_n01_2.JPEG\tn01", "val_n01_2.JPEG\tn01\t0\t0\t63\tx"])
+@pytest.mark.parametrize(
+    "line",
+    ["val_n01_2.JPEG n01 0 0 63 63", "val_n01_2.JPEG\tn01", "val_n01_2.JPEG\tn01\t0\t0\t63\tx"],
+)
 def test_malformed_annotation_line(broken, line):
     path = broken / "val" / "val_annotations.txt"
     lines = path.read_text().splitlines()
@@ -117,29 +146,28 @@ def test_damaged_image_of_another_format(broken):
         load(broken, 3, 12, 6)
 
 
-def test_loading_costs_at_most_5_percent_of_a_training_step(impl):
+def test_loading_costs_at_most_5_percent_of_a_training_step():
     """XXT, batch 64, 64x64; the best of several, so that a busy machine does not decide."""
     import time
 
-    import train
-
+    train, model = module("train"), module("models").overlock_xxt(num_classes=20)
     data = object.__new__(TinyImageNet)
     generator = np.random.default_rng(0)
-    data.images, data.labels = generator.integers(0, 256, (640, 64, 64, 3)).astype(np.uint8), np.zeros(640, np.int64)
+    data.images, data.labels = (
+        generator.integers(0, 256, (640, 64, 64, 3)).astype(np.uint8),
+        np.zeros(640, np.int64),
+    )
     loading = []
     for epoch in range(5):
         start = time.perf_counter()
         batches = list(data.batches(64, seed=0, epoch=epoch))
         loading.append((time.perf_counter() - start) / len(batches))
-    model = impl.models.overlock_xxt(num_classes=20)
-    args = train.make_parser().parse_args([])
+    args = train.make_parser().parse_args(["--device", "cpu"])
     optimizer, training = train.make_optimizer(model, args), []
     model.train()
     for images, labels in batches[:5]:
         start = time.perf_counter()
-        loss = impl.cross_entropy(model(impl.array(images))["main"], impl.array(labels))
-        impl.step(optimizer, loss)
-        impl.numpy(loss)
+        train.training_step(model, optimizer, images, labels, args)
         training.append(time.perf_counter() - start)
     assert min(loading) <= 0.05 * min(training), (min(loading), min(training))
 

@@ -2,20 +2,23 @@
 
 BatchNorm, LayerNorm, pooling and interpolation are in test_aligned_nn.py, na2d_av in test_ops.py.
 """
+
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import contmix
 import numpy as np
-import ops
 import pytest
 import test_ops
-from adamw import AdamW
-from aligned_nn import BatchNorm2d, Conv2d, Sequential, grn
-from jittor_setup import jt
-from jittor import nn
-from layers import GRN, DilatedReparamBlock, LayerNorm2d, ResDWConv
+from jittor_impl import contmix, ops
+from jittor_impl.aligned.functions import GRNFunction, convolve
+from jittor_impl.aligned.nn import BatchNorm2d, Conv2d, FusedSequential
+from jittor_impl.aligned.optim import AdamW
+from jittor_impl.aligned.start import jt, nn
+from jittor_impl.layers import GRN, DilatedReparamBlock, LayerNorm2d, ResDWConv
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def error(actual, expected):
@@ -31,40 +34,73 @@ def depthwise(x, weight, grad_y, dilation):
     y, grad_weight = np.zeros(x.shape), np.zeros(weight.shape)
     for p in range(K):
         for q in range(K):
-            window = (slice(None), slice(None), slice(p * dilation, p * dilation + H), slice(q * dilation, q * dilation + W))
+            window = (
+                slice(None),
+                slice(None),
+                slice(p * dilation, p * dilation + H),
+                slice(q * dilation, q * dilation + W),
+            )
             tap = weight[:, 0, p, q].reshape(1, -1, 1, 1)
             y += tap * padded[window]
             grad_padded[window] += tap * grad_y
             grad_weight[:, 0, p, q] = (grad_y * padded[window]).sum((0, 2, 3))
-    return y, grad_padded[:, :, pad:pad + H, pad:pad + W], grad_weight
+    return y, grad_padded[:, :, pad : pad + H, pad : pad + W], grad_weight
 
 
 def convolution(x, weight, grad_y, stride, padding, dilation):
     """y, grad_x, grad_weight of a dense convolution: tap by tap. x (B, C, H, W), weight (O, C, K, L)."""
     frame = ((0, 0), (0, 0), (padding, padding), (padding, padding))
     padded = np.pad(x, frame)
-    H, W = ((n - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(padded.shape[2:], weight.shape[2:]))
+    H, W = (
+        (n - dilation * (k - 1) - 1) // stride + 1
+        for n, k in zip(padded.shape[2:], weight.shape[2:])
+    )
     y, grad_padded, grad_weight = 0, np.zeros(padded.shape), np.zeros(weight.shape)
     for p in range(weight.shape[2]):
         for q in range(weight.shape[3]):
-            window = (slice(None), slice(None), slice(p * dilation, p * dilation + stride * (H - 1) + 1, stride),
-                      slice(q * dilation, q * dilation + stride * (W - 1) + 1, stride))
+            window = (
+                slice(None),
+                slice(None),
+                slice(p * dilation, p * dilation + stride * (H - 1) + 1, stride),
+                slice(q * dilation, q * dilation + stride * (W - 1) + 1, stride),
+            )
             tap = weight[:, :, p, q]
             y = y + np.einsum("oc,bchw->bohw", tap, padded[window])
             if grad_y is not None:
                 grad_padded[window] += np.einsum("oc,bohw->bchw", tap, grad_y)
                 grad_weight[:, :, p, q] = np.einsum("bohw,bchw->oc", grad_y, padded[window])
-    return y, grad_padded[:, :, padding:padding + x.shape[2], padding:padding + x.shape[3]], grad_weight
+    return (
+        y,
+        grad_padded[:, :, padding : padding + x.shape[2], padding : padding + x.shape[3]],
+        grad_weight,
+    )
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 16, 16), (17, 12, 4, 4), (2, 20, 2, 2), (5, 3, 7, 11), (70, 30, 1, 1), (2, 300, 9, 8)])
-@pytest.mark.parametrize("outs, kernel, stride, padding, dilation", [
-    (7, 1, 1, 0, 1), (24, 1, 1, 0, 1), (24, 3, 1, 1, 1), (13, 3, 2, 1, 1), (5, 1, 2, 0, 1), (5, 2, 3, 1, 1), (6, 3, 1, 2, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 8, 16, 16), (17, 12, 4, 4), (2, 20, 2, 2), (5, 3, 7, 11), (70, 30, 1, 1), (2, 300, 9, 8)],
+)
+@pytest.mark.parametrize(
+    "outs, kernel, stride, padding, dilation",
+    [
+        (7, 1, 1, 0, 1),
+        (24, 1, 1, 0, 1),
+        (24, 3, 1, 1, 1),
+        (13, 3, 2, 1, 1),
+        (5, 1, 2, 0, 1),
+        (5, 2, 3, 1, 1),
+        (6, 3, 1, 2, 2),
+    ],
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_dense_convolution(shape, outs, kernel, stride, padding, dilation, bias):
     generator = np.random.default_rng(0)
-    layer = Conv2d(shape[1], outs, kernel, stride=stride, padding=padding, dilation=dilation, bias=bias)
-    layer.weight.update(jt.array(generator.standard_normal((outs, shape[1], kernel, kernel)).astype(np.float32)))
+    layer = Conv2d(
+        shape[1], outs, kernel, stride=stride, padding=padding, dilation=dilation, bias=bias
+    )
+    layer.weight.update(
+        jt.array(generator.standard_normal((outs, shape[1], kernel, kernel)).astype(np.float32))
+    )
     x = generator.standard_normal(shape).astype(np.float32)
     geometry = (layer.weight.numpy().astype(np.float64), stride, padding, dilation)
     y = convolution(x.astype(np.float64), geometry[0], None, *geometry[1:])[0]
@@ -86,17 +122,33 @@ def test_dense_convolution(shape, outs, kernel, stride, padding, dilation, bias)
 
 
 # Every kernel and dilation of the five variants on small and odd maps; channels that do and do not fill 8 lanes.
-@pytest.mark.parametrize("shape", [(3, 8, 16, 16), (17, 12, 4, 4), (2, 20, 2, 2), (1, 3, 7, 11), (2, 9, 1, 5), (2, 16, 13, 8)])
-@pytest.mark.parametrize("K, dilation", [(3, 1), (3, 2), (3, 5), (3, 7), (5, 1), (5, 2), (7, 2), (9, 2), (13, 1), (17, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 8, 16, 16), (17, 12, 4, 4), (2, 20, 2, 2), (1, 3, 7, 11), (2, 9, 1, 5), (2, 16, 13, 8)],
+)
+@pytest.mark.parametrize(
+    "K, dilation",
+    [(3, 1), (3, 2), (3, 5), (3, 7), (5, 1), (5, 2), (7, 2), (9, 2), (13, 1), (17, 1)],
+)
 @pytest.mark.parametrize("bias, residual", [(True, True), (False, False)])
 def test_depthwise_convolution(shape, K, dilation, bias, residual):
     generator = np.random.default_rng(0)
     x, grad_y = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
-    layer = Conv2d(shape[1], shape[1], K, padding=dilation * (K // 2), dilation=dilation, groups=shape[1], bias=bias)
+    layer = Conv2d(
+        shape[1],
+        shape[1],
+        K,
+        padding=dilation * (K // 2),
+        dilation=dilation,
+        groups=shape[1],
+        bias=bias,
+    )
     layer.weight.update(jt.array(generator.standard_normal((shape[1], 1, K, K)).astype(np.float32)))
     var = jt.array(x)
-    out = layer.depthwise(var, residual)
-    y, grad_x, grad_weight = depthwise(x.astype(np.float64), layer.weight.numpy().astype(np.float64), grad_y, dilation)
+    out = convolve(var, layer, own=None, residual=residual)  # by the kernel, or not at all
+    y, grad_x, grad_weight = depthwise(
+        x.astype(np.float64), layer.weight.numpy().astype(np.float64), grad_y, dilation
+    )
     if bias:
         y += layer.bias.numpy().reshape(1, -1, 1, 1)
     if residual:
@@ -116,7 +168,9 @@ def test_depthwise_convolution_of_cpu_and_gpu(K, dilation, bias, residual, kerne
     test_depthwise_convolution((2, 3, 7, 11), K, dilation, bias, residual)
 
 
-@pytest.mark.parametrize("shape, K", [((1, 2, 9, 10, 3), 5), ((2, 1, 8, 17, 5), 3)])  # one thread a number, and in tiles
+@pytest.mark.parametrize(
+    "shape, K", [((1, 2, 9, 10, 3), 5), ((2, 1, 8, 17, 5), 3)]
+)  # one thread a number, and in tiles
 def test_na2d_av_of_cpu_and_gpu(impl, shape, K, kernels):
     test_ops.test_definition_in_float64(impl, shape, K)
 
@@ -140,26 +194,48 @@ def contmix_float64(query, key, weight, bias, rpb1, rpb2, x):
             for j in range(W):
                 r, c = min(max(i - K // 2, 0), H - K), min(max(j - K // 2, 0), W - K)
                 affinity = np.einsum("bnd,bnds->bns", query[..., i, j], key)
-                place = rpb[:, r - i + K - 1:r - i + 2 * K - 1, c - j + K - 1:c - j + 2 * K - 1].reshape(heads, -1)
-                attn = softmax(affinity @ weight[part].T + bias[part] + place).reshape(B, heads, K, K)
-                out[:, half, :, :, i, j] = np.einsum("bnpq,bndpq->bnd", attn, x[:, half, :, :, r:r + K, c:c + K])
+                place = rpb[
+                    :, r - i + K - 1 : r - i + 2 * K - 1, c - j + K - 1 : c - j + 2 * K - 1
+                ].reshape(heads, -1)
+                attn = softmax(affinity @ weight[part].T + bias[part] + place).reshape(
+                    B, heads, K, K
+                )
+                out[:, half, :, :, i, j] = np.einsum(
+                    "bnpq,bndpq->bnd", attn, x[:, half, :, :, r : r + K, c : c + K]
+                )
     return out.reshape(B, C, H, W)
 
 
 # Maps as small as the large window, and larger; channels of a head that do and do not fill 8 lanes; 16 images and more.
-@pytest.mark.parametrize("B, heads, query_dim, value_dim, H, W, K1, K2, regions", [
-    (2, 2, 12, 12, 9, 9, 5, 9, 7), (3, 4, 3, 8, 7, 7, 5, 7, 7), (17, 1, 5, 3, 8, 15, 3, 7, 3), (1, 3, 16, 21, 14, 13, 5, 13, 7)])
+@pytest.mark.parametrize(
+    "B, heads, query_dim, value_dim, H, W, K1, K2, regions",
+    [
+        (2, 2, 12, 12, 9, 9, 5, 9, 7),
+        (3, 4, 3, 8, 7, 7, 5, 7, 7),
+        (17, 1, 5, 3, 8, 15, 3, 7, 3),
+        (1, 3, 16, 21, 14, 13, 5, 13, 7),
+    ],
+)
 def test_contmix(B, heads, query_dim, value_dim, H, W, K1, K2, regions, monkeypatch):
     """By the kernel and by the operators that run on a GPU; the kernel's gradients are those of the operators."""
     generator = np.random.default_rng(0)
-    normal = lambda *shape: generator.standard_normal(shape).astype(np.float32)
+
+    def normal(*shape):
+        return generator.standard_normal(shape).astype(np.float32)
+
     proj = Conv2d(regions**2, K1**2 + K2**2, kernel_size=1)
-    arrays = [normal(B, heads * query_dim, H, W), normal(B, heads * query_dim, regions, regions),
-              0.1 * normal(K1**2 + K2**2, regions**2, 1, 1), normal(K1**2 + K2**2),
-              normal(heads, 2 * K1 - 1, 2 * K1 - 1), normal(heads, 2 * K2 - 1, 2 * K2 - 1), normal(B, 2 * heads * value_dim, H, W)]
+    arrays = [
+        normal(B, heads * query_dim, H, W),
+        normal(B, heads * query_dim, regions, regions),
+        0.1 * normal(K1**2 + K2**2, regions**2, 1, 1),
+        normal(K1**2 + K2**2),
+        normal(heads, 2 * K1 - 1, 2 * K1 - 1),
+        normal(heads, 2 * K2 - 1, 2 * K2 - 1),
+        normal(B, 2 * heads * value_dim, H, W),
+    ]
     grad_out, results = jt.array(normal(B, 2 * heads * value_dim, H, W)), []
     for kernels in (True, False):
-        monkeypatch.setattr(contmix, "on_cpu", lambda: kernels)
+        monkeypatch.setattr(contmix, "has_kernel", lambda _, answer=kernels: answer)
         query, key, proj.weight, proj.bias, rpb1, rpb2, x = inputs = [jt.array(a) for a in arrays]
         out = contmix.contmix(query, key, proj, rpb1, rpb2, x)
         results.append([out.numpy()] + [g.numpy() for g in jt.grad((out * grad_out).sum(), inputs)])
@@ -185,20 +261,38 @@ def test_merged_branches_are_the_branches():
     assert np.abs(jt.grad(block(x).sum(), [x])[0].numpy()).max() > 0
 
 
-@pytest.mark.parametrize("layers", [
-    lambda: [Conv2d(5, 9, 3, stride=2, padding=1, bias=False), BatchNorm2d(9), nn.GELU()],
-    lambda: [Conv2d(5, 14, 1), nn.GELU(), Conv2d(14, 5, 1), nn.SiLU()],
-    lambda: [Conv2d(5, 30, 3, padding=1), BatchNorm2d(30), nn.SiLU(), Conv2d(30, 3, 1)],
-    lambda: [Conv2d(5, 5, 3, padding=1, groups=5), BatchNorm2d(5), nn.GELU(), ResDWConv(5), BatchNorm2d(5), nn.GELU()],
-    lambda: [Conv2d(5, 5, 3, padding=2, dilation=2, groups=5, bias=False), BatchNorm2d(5), nn.GELU(), nn.Sigmoid()]])
-def test_convolutions_take_norm_and_activation_along(layers):
-    """In inference a Sequential is its layers, one after another, in fewer kernels; with gradients it has them."""
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [Conv2d(5, 9, 3, stride=2, padding=1, bias=False), BatchNorm2d(9), nn.GELU()],
+        lambda: [Conv2d(5, 14, 1), nn.GELU(), Conv2d(14, 5, 1), nn.SiLU()],
+        lambda: [Conv2d(5, 30, 3, padding=1), BatchNorm2d(30), nn.SiLU(), Conv2d(30, 3, 1)],
+        lambda: [
+            Conv2d(5, 5, 3, padding=1, groups=5),
+            BatchNorm2d(5),
+            nn.GELU(),
+            ResDWConv(5),
+            BatchNorm2d(5),
+            nn.GELU(),
+        ],
+        lambda: [
+            Conv2d(5, 5, 3, padding=2, dilation=2, groups=5, bias=False),
+            BatchNorm2d(5),
+            nn.GELU(),
+            nn.Sigmoid(),
+        ],
+    ],
+)
+def test_convolutions_apply_the_norm_and_the_activation_after_them(layers):
+    """In inference a FusedSequential is its layers, one after another, in fewer kernels; with gradients it has them."""
     generator = np.random.default_rng(0)
-    sequential = Sequential(*layers())
+    sequential = FusedSequential(*layers())
     for var in sequential.state_dict().values():
         var.update(jt.array(generator.uniform(0.5, 1.5, var.shape).astype(np.float32)))
     sequential.eval()
-    x = jt.array(generator.standard_normal((3, 5, 7, 5)).astype(np.float32))  # a tile of 16 columns ends within an image
+    x = jt.array(
+        generator.standard_normal((3, 5, 7, 5)).astype(np.float32)
+    )  # a tile of 16 columns ends within an image
     one_by_one = x
     for layer in sequential:
         one_by_one = layer(one_by_one)
@@ -208,10 +302,44 @@ def test_convolutions_take_norm_and_activation_along(layers):
     assert np.abs(jt.grad(sequential(x).sum(), [x])[0].numpy()).max() > 0
 
 
+def test_nothing_is_fused_over_a_hook():
+    """In inference a hook on a layer fires, with that layer's own output, and the result stays."""
+    generator = np.random.default_rng(0)
+    block, dim = DilatedReparamBlock(5, 7, deploy=False), 5
+    layers = [
+        Conv2d(5, 5, 3, padding=1),
+        BatchNorm2d(5),
+        nn.GELU(),
+        block,
+        Conv2d(5, 9, 1),
+        nn.SiLU(),
+    ]
+    sequential = FusedSequential(*layers)
+    for var in sequential.state_dict().values():
+        var.update(jt.array(generator.uniform(0.5, 1.5, var.shape).astype(np.float32)))
+    sequential.eval()
+    x = jt.array(generator.standard_normal((2, dim, 6, 5)).astype(np.float32))
+    with jt.no_grad():
+        expected = sequential(x).numpy()
+        for layer in [*layers, block.dil_conv_k3_2, block.origin_bn]:
+            for register, remove in (
+                (layer.register_forward_hook, layer.remove_forward_hook),
+                (layer.register_pre_forward_hook, layer.remove_pre_forward_hook),
+            ):
+                calls = []
+                register(lambda *arguments, calls=calls: calls.append(arguments[0]))
+                assert error(sequential(x).numpy(), expected) < 2e-6
+                assert calls == [layer], layer
+                remove()
+
+
 def test_adamw():
     """Parameters, moments and step count as in torch.optim.AdamW's formula, for parameters of several ranks."""
     generator = np.random.default_rng(0)
-    arrays = [generator.standard_normal(shape).astype(np.float32) for shape in [(5,), (3, 4), (2, 3, 3, 3), (7,)] * 20]
+    arrays = [
+        generator.standard_normal(shape).astype(np.float32)
+        for shape in [(5,), (3, 4), (2, 3, 3, 3), (7,)] * 20
+    ]
     params = [jt.array(a) for a in arrays]
     targets = [jt.array(generator.standard_normal(a.shape).astype(np.float32)) for a in arrays]
     # 1 - 0.999 in float32 is off by 1e-5.
@@ -222,8 +350,10 @@ def test_adamw():
         for i, target in enumerate(targets):
             grad = 2 * (expected[i] - target.numpy())
             m[i], v[i] = 0.9 * m[i] + 0.1 * grad, 0.999 * v[i] + 0.001 * grad**2
-            step_size, correction = 1e-2 / (1 - 0.9**step), (1 - 0.999**step)**0.5
-            expected[i] = expected[i] * (1 - 1e-2 * 0.1) - step_size * m[i] / (np.sqrt(v[i]) / correction + 1e-6)
+            step_size, correction = 1e-2 / (1 - 0.9**step), (1 - 0.999**step) ** 0.5
+            expected[i] = expected[i] * (1 - 1e-2 * 0.1) - step_size * m[i] / (
+                np.sqrt(v[i]) / correction + 1e-6
+            )
     for i, param in enumerate(params):
         assert error(param.numpy(), expected[i]) < 2e-6
         assert error(optimizer.param_groups[0]["m"][i].numpy(), m[i]) < 2e-6
@@ -236,9 +366,11 @@ def test_grn(shape, kernels):
     generator = np.random.default_rng(0)
     x, grad_y = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
     x[0, 1] = 0  # a dead channel
-    gamma, beta = (generator.standard_normal((1, shape[1], 1, 1)).astype(np.float32) for _ in range(2))
+    gamma, beta = (
+        generator.standard_normal((1, shape[1], 1, 1)).astype(np.float32) for _ in range(2)
+    )
     inputs = [jt.array(a) for a in (x, gamma, beta)]
-    out = grn(*inputs)
+    out = GRNFunction.apply(*inputs)
     grads = [g.numpy() for g in jt.grad((out * jt.array(grad_y)).sum(), inputs)]
 
     x, grad_y = x.astype(np.float64), grad_y.astype(np.float64)
@@ -247,7 +379,9 @@ def test_grn(shape, kernels):
     assert error(out.numpy(), (gamma * norm / mean + 1) * x + beta) < 2e-6
     dot = (grad_y * x).sum((2, 3), keepdims=True)
     grad_norm = gamma * dot / mean - (gamma * dot * norm).mean(1, keepdims=True) / mean**2
-    grad_x = (gamma * norm / mean + 1) * grad_y + grad_norm * np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+    grad_x = (gamma * norm / mean + 1) * grad_y + grad_norm * np.divide(
+        x, norm, out=np.zeros_like(x), where=norm > 0
+    )
     assert error(grads[0], grad_x) < 2e-6
     assert error(grads[1], (dot * norm / mean).sum(0, keepdims=True)) < 2e-6
     assert error(grads[2], grad_y.sum((0, 2, 3)).reshape(1, -1, 1, 1)) < 2e-6
@@ -256,11 +390,10 @@ def test_grn(shape, kernels):
 def test_the_thread_count_changes_no_bit_of_a_step(tmp_path):
     """Every kernel writes each number by one thread, in one order; so do the operators that Jittor generates."""
     code = f"""
-import sys; sys.path.insert(0, {str(ops.KERNELS.parent)!r})
+import sys; sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
-import models, train
-from aligned_nn import Conv2d
-from jittor_setup import jt
+from jittor_impl import models, train
+from jittor_impl.aligned.start import jt
 generator = np.random.default_rng(0)
 model = models.overlock_xxt(num_classes=20)
 model.train()
@@ -275,16 +408,26 @@ np.savez(sys.argv[1], output["main"].numpy(), *[v.numpy() for v in [*grads, *par
     results = []
     for threads in ("1", "2"):
         out = tmp_path / f"{threads}.npz"
-        subprocess.run([sys.executable, "-c", code, out], check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+        subprocess.run(
+            [sys.executable, "-c", code, out],
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        )
         results.append(dict(np.load(out)))
     assert results[0].keys() == results[1].keys() and len(results[0]) > 1000
     assert all(np.array_equal(results[0][key], results[1][key]) for key in results[0])
 
 
 def test_other_types_are_refused():
-    with pytest.raises(ValueError, match="kernels are for float32, got float16, float32, float32; use x.float32"):
-        grn(jt.zeros((1, 2, 3, 3)).float16(), jt.zeros((1, 2, 1, 1)), jt.zeros((1, 2, 1, 1)))
-    with pytest.raises(ValueError, match="attn and value must be of one type, got float16, float32"):
+    with pytest.raises(
+        ValueError, match="kernels are for float32, got float16, float32, float32; use x.float32"
+    ):
+        GRNFunction.apply(
+            jt.zeros((1, 2, 3, 3)).float16(), jt.zeros((1, 2, 1, 1)), jt.zeros((1, 2, 1, 1))
+        )
+    with pytest.raises(
+        ValueError, match="attn and value must be of one type, got float16, float32"
+    ):
         ops.na2d_av(jt.zeros((1, 2, 3, 3, 9)).float16(), jt.zeros((1, 2, 3, 3, 4)), 3)
     norm = BatchNorm2d(2)
     norm.train()
@@ -299,7 +442,13 @@ def test_shapes_that_do_not_fit_are_refused():
         Conv2d(3, 8, 3, padding=1)(jt.zeros((1, 4, 8, 8)))
     with pytest.raises(ValueError, match="smaller than the kernel"):
         Conv2d(3, 8, 3, stride=2)(jt.zeros((1, 3, 2, 2)))
-    for layer in (ResDWConv(3), BatchNorm2d(3), LayerNorm2d(3), GRN(3), DilatedReparamBlock(3, 7, deploy=False)):
+    for layer in (
+        ResDWConv(3),
+        BatchNorm2d(3),
+        LayerNorm2d(3),
+        GRN(3),
+        DilatedReparamBlock(3, 7, deploy=False),
+    ):
         with pytest.raises(ValueError, match="3 channels got 4"):
             layer(jt.zeros((1, 4, 8, 8)))
         layer.eval()

@@ -1,4 +1,5 @@
 """The network against what the official one computes in float64 (tests/reference/README.md)."""
+
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,11 +7,13 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-import train
-from checkpoint import load_model, model_arrays, trainable
-from contmix import contmix
 from reference_weights import formula, projection
+from under_test import module
 
+train, checkpoint, models = module("train"), module("checkpoint"), module("models")
+load_model, model_arrays = checkpoint.load_model, checkpoint.model_arrays
+trainable = checkpoint.trainable
+DEFAULTS = train.make_parser().parse_args(["--device", "cpu"])
 REFERENCE = Path(__file__).parent / "reference"
 CASES = [("overlock_xxt", "64x64"), ("overlock_xxt", "96x160"), ("overlock_xt", "224x224")]
 
@@ -20,22 +23,31 @@ def distance(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-def build(impl, variant, **kwargs):
-    return impl.models.OverLoCK(**impl.models.VARIANTS[variant], **kwargs)
+def build(variant, **kwargs):
+    return models.OverLoCK(**models.VARIANTS[variant], **kwargs)
 
 
-def with_formula_weights(impl, variant, **kwargs):
-    model = build(impl, variant, **kwargs)
-    load_model(model, {key: formula(key, value.shape) for key, value in model_arrays(model).items()}, "formula")
+def with_formula_weights(variant, **kwargs):
+    model = build(variant, **kwargs)
+    load_model(
+        model,
+        {key: formula(key, value.shape) for key, value in model_arrays(model).items()},
+        "formula",
+    )
     return model
 
 
 @pytest.mark.parametrize("variant", ["xxt", "xt", "t", "s", "b"])
-def test_state_dict_is_the_official_one(impl, variant):
-    model = getattr(impl.models, f"overlock_{variant}")(num_classes=20 if variant == "xxt" else 1000)
+def test_state_dict_is_the_official_one(variant):
+    factory = getattr(models, f"overlock_{variant}")
+    model = factory(num_classes=20 if variant == "xxt" else 1000)
     expected = json.loads((REFERENCE / f"overlock_{variant}_state_dict.json").read_text())
     assert {key: list(value.shape) for key, value in model_arrays(model).items()} == expected
-    names = {key for key in expected if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    names = {
+        key
+        for key in expected
+        if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    }
     assert set(trainable(model)) == names
 
 
@@ -48,18 +60,20 @@ def test_reference_values(impl, variant, size):
     def within(name, actual, floor=5e-6):
         assert distance(actual, z[name]) <= max(20 * float(z[f"fp32_error_{name}"]), floor), name
 
-    model = with_formula_weights(impl, variant, num_classes=int(z["num_classes"]))
-    images, target = impl.array(z["input"]), impl.array(z["target"].astype(np.int64))
+    model = with_formula_weights(variant, num_classes=int(z["num_classes"]))
+    images, target = impl.array(z["input"]), z["target"].astype(np.int64)
     model.eval()
     with impl.no_grad():
         within("eval_logits", impl.numpy(model(images)))
     model.train()
     output = model(images)
-    loss = impl.cross_entropy(output["main"], target) + 0.4 * impl.cross_entropy(output["aux"], target)
+    loss, _, _ = train.losses(output, target, DEFAULTS)
     names = [str(name) for name in z["param_names"]]
     parameters = trainable(model)
     assert set(names) == set(parameters)
-    grads = impl.gradients(loss, np.ones(impl.numpy(loss).shape, np.float32), [parameters[name] for name in names])
+    grads = impl.gradients(
+        loss, np.ones(impl.numpy(loss).shape, np.float32), [parameters[name] for name in names]
+    )
     within("train_main", impl.numpy(output["main"]))
     within("train_aux", impl.numpy(output["aux"]))
     within("loss", impl.numpy(loss).reshape(()))
@@ -71,73 +85,85 @@ def test_reference_values(impl, variant, size):
     counts = z["grad_norm"] > 1e-6 * z["grad_norm"].max()
     assert counts.mean() > 0.8
     worst = np.abs(norms / z["grad_norm"] - 1)[counts].max()
-    assert worst < 1e-3, [name for name, ratio in zip(names, norms / z["grad_norm"]) if abs(ratio - 1) >= 1e-3]
-    within("grad_projection", [(grads[name] * projection(name, grads[name].shape)).sum() for name in names], floor=2e-5)
+    assert worst < 1e-3, [
+        name for name, ratio in zip(names, norms / z["grad_norm"]) if abs(ratio - 1) >= 1e-3
+    ]
+    within(
+        "grad_projection",
+        [(grads[name] * projection(name, grads[name].shape)).sum() for name in names],
+        floor=2e-5,
+    )
     state = model_arrays(model)
-    within("buffer_mean", [state[str(name)].astype(np.float64).mean() for name in z["buffer_names"]])
+    within(
+        "buffer_mean", [state[str(name)].astype(np.float64).mean() for name in z["buffer_names"]]
+    )
 
 
-def test_ten_adamw_steps(impl):
+def test_ten_adamw_steps():
     """The losses before each of ten steps, by the optimizer that train.py uses, follow the official model's float32 run.
 
     Limit: a rounding error of one step is carried into the next, so 20 times the float32 error of one step's
     loss, with the usual floor, is allowed once per step taken."""
-    z, batch = np.load(REFERENCE / "overlock_xxt_adamw_10_steps.npz"), np.load(REFERENCE / "overlock_xxt_64x64.npz")
-    model = with_formula_weights(impl, "overlock_xxt", num_classes=int(batch["num_classes"]))
-    args = train.make_parser().parse_args([])
-    assert args.lr == 1e-3 and args.weight_decay == 0.01
-    optimizer = train.make_optimizer(model, args)
-    images, target = impl.array(batch["input"]), impl.array(batch["target"].astype(np.int64))
+    z, batch = (
+        np.load(REFERENCE / "overlock_xxt_adamw_10_steps.npz"),
+        np.load(REFERENCE / "overlock_xxt_64x64.npz"),
+    )
+    model = with_formula_weights("overlock_xxt", num_classes=int(batch["num_classes"]))
+    assert DEFAULTS.lr == 1e-3 and DEFAULTS.weight_decay == 0.01
+    optimizer = train.make_optimizer(model, DEFAULTS)
+    target = batch["target"].astype(np.int64)
     model.train()
     limit = max(20 * float(batch["fp32_error_loss"]), 5e-6)
     for step, expected in enumerate(z["losses"], 1):
-        output = model(images)
-        main, aux = impl.cross_entropy(output["main"], target), impl.cross_entropy(output["aux"], target)
-        loss = main + 0.4 * aux
-        actual = np.array([impl.numpy(value).reshape(()) for value in (loss, main, aux)])
-        impl.step(optimizer, loss)
+        main, aux = train.training_step(model, optimizer, batch["input"], target, DEFAULTS)
+        actual = np.array([main + DEFAULTS.aux_loss_ratio * aux, main, aux])
         assert (np.abs(actual / expected - 1) <= step * limit).all(), (step, actual / expected - 1)
 
 
-def test_weight_decay_is_applied(impl):
+def test_weight_decay_is_applied():
     """0 by default in Jittor. Here lr * weight_decay is 0.1, so a weight shrinks by a tenth before its step."""
-    model = build(impl, "overlock_xxt", num_classes=2)
+    model = build("overlock_xxt", num_classes=2)
     before = model_arrays(model)["high_level_proj.weight"]
-    args = train.make_parser().parse_args(["--lr", "1e-3", "--weight-decay", "100"])
+    options = ["--lr", "1e-3", "--weight-decay", "100", "--device", "cpu"]
+    args = train.make_parser().parse_args(options)
     optimizer = train.make_optimizer(model, args)
     model.train()
-    output = model(impl.array(np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32)))
-    impl.step(optimizer, impl.cross_entropy(output["main"], impl.array(np.array([0, 1]))))
+    images = np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32)
+    train.training_step(model, optimizer, images, np.array([0, 1]), args)
     after = model_arrays(model)["high_level_proj.weight"]
-    assert np.abs(after - 0.9 * before).max() <= 1.001e-3  # the step of AdamW itself is at most the learning rate
+    assert (
+        np.abs(after - 0.9 * before).max() <= 1.001e-3
+    )  # the step of AdamW itself is at most the learning rate
 
 
 def test_every_parameter_has_a_gradient(impl):
     """An unused parameter would get zeros and be decayed by Jittor, and be left alone by PyTorch."""
-    model = with_formula_weights(impl, "overlock_xxt", num_classes=3)
+    model = with_formula_weights("overlock_xxt", num_classes=3)
     model.train()
-    output = model(impl.array(np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32)))
-    target = impl.array(np.array([0, 2]))
-    loss = impl.cross_entropy(output["main"], target) + 0.4 * impl.cross_entropy(output["aux"], target)
+    output = model(
+        impl.array(np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32))
+    )
+    loss, _, _ = train.losses(output, np.array([0, 2]), DEFAULTS)
     parameters = trainable(model)
-    grads = impl.gradients(loss, np.ones(impl.numpy(loss).shape, np.float32), list(parameters.values()))
+    grads = impl.gradients(
+        loss, np.ones(impl.numpy(loss).shape, np.float32), list(parameters.values())
+    )
     assert all(np.isfinite(grad).all() for grad in grads)
     assert [name for name, grad in zip(parameters, grads) if not grad.any()] == []
 
 
 def test_reparam_keeps_the_outputs(impl):
-    model = with_formula_weights(impl, "overlock_xxt", num_classes=7)
+    model = with_formula_weights("overlock_xxt", num_classes=7)
     images = impl.array(np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32))
     model.eval()
     with impl.no_grad():
         before = impl.numpy(model(images))
         model.reparam()
-        model.eval()  # the merged convolutions are new modules
         after = impl.numpy(model(images))
         model.reparam()
         again = impl.numpy(model(images))
     merged = set(model_arrays(model))
-    deployed = set(model_arrays(build(impl, "overlock_xxt", num_classes=7, deploy=True)))
+    deployed = set(model_arrays(build("overlock_xxt", num_classes=7, deploy=True)))
     assert merged == deployed
     if impl.name == "jittor":  # a Var that was made from a stopped one is frozen without a word
         model.train()
@@ -148,9 +174,11 @@ def test_reparam_keeps_the_outputs(impl):
 
 @pytest.mark.parametrize("height, width", [(64, 64), (32, 160), (224, 96), (160, 160)])
 def test_features_and_logits_at_any_aspect_ratio(impl, height, width):
-    model = build(impl, "overlock_xxt", num_classes=5)
+    model = build("overlock_xxt", num_classes=5)
     model.eval()
-    images = impl.array(np.random.default_rng(0).standard_normal((2, 3, height, width)).astype(np.float32))
+    images = impl.array(
+        np.random.default_rng(0).standard_normal((2, 3, height, width)).astype(np.float32)
+    )
     with impl.no_grad():
         features = model.features(images)
         logits = impl.numpy(model(images))
@@ -161,26 +189,51 @@ def test_features_and_logits_at_any_aspect_ratio(impl, height, width):
 
 def test_contmix_refuses_shapes_that_do_not_fit(impl):
     """B 1, 16 channels, 2 heads, kernels 3 and 5 on a 7x9 map, an overview of 2x2."""
-    fitting = dict(query=(1, 8, 7, 9), key=(1, 8, 2, 2), proj=(34, 4, 1, 1), rpb1=(2, 5, 5), rpb2=(2, 9, 9), x=(1, 16, 7, 9))
+    fitting = dict(
+        query=(1, 8, 7, 9),
+        key=(1, 8, 2, 2),
+        proj=(34, 4, 1, 1),
+        rpb1=(2, 5, 5),
+        rpb2=(2, 9, 9),
+        x=(1, 16, 7, 9),
+    )
 
     def run(bias_size=34, **shapes):
-        tensors = {name: impl.array(np.zeros(shape, np.float32)) for name, shape in {**fitting, **shapes}.items()}
+        tensors = {
+            name: impl.array(np.zeros(shape, np.float32))
+            for name, shape in {**fitting, **shapes}.items()
+        }
         bias = impl.array(np.zeros(bias_size, np.float32))
-        return contmix(**{**tensors, "proj": SimpleNamespace(weight=tensors["proj"], bias=bias)})
+        return module("contmix").contmix(
+            **{**tensors, "proj": SimpleNamespace(weight=tensors["proj"], bias=bias)}
+        )
 
     assert tuple(run().shape) == fitting["x"]
-    for wrong in (dict(query=(1, 8, 9, 7)), dict(query=(2, 8, 7, 9)), dict(query=(1, 6, 7, 9)),
-                  dict(query=(1, 7, 7, 9), key=(1, 7, 2, 2)), dict(key=(1, 6, 2, 2)), dict(key=(1, 8, 2, 3)),
-                  dict(proj=(33, 4, 1, 1)), dict(bias_size=33), dict(rpb1=(2, 5, 4)), dict(rpb2=(1, 9, 9)),
-                  dict(rpb1=(3, 5, 5), rpb2=(3, 9, 9)), dict(x=(1, 16, 4, 9), query=(1, 8, 4, 9))):
+    for wrong in (
+        dict(query=(1, 8, 9, 7)),
+        dict(query=(2, 8, 7, 9)),
+        dict(query=(1, 6, 7, 9)),
+        dict(query=(1, 7, 7, 9), key=(1, 7, 2, 2)),
+        dict(key=(1, 6, 2, 2)),
+        dict(key=(1, 8, 2, 3)),
+        dict(proj=(33, 4, 1, 1)),
+        dict(bias_size=33),
+        dict(rpb1=(2, 5, 4)),
+        dict(rpb2=(1, 9, 9)),
+        dict(rpb1=(3, 5, 5), rpb2=(3, 9, 9)),
+        dict(x=(1, 16, 4, 9), query=(1, 8, 4, 9)),
+    ):
         with pytest.raises(ValueError, match="do not fit"):
             run(**wrong)
 
 
 def test_dynamic_conv_size(impl):
     """At least the kernel; otherwise the official rounding, also where it rounds down to less than the kernel."""
-    block = build(impl, "overlock_xxt", num_classes=2).sub_blocks3[0]  # kernel 9
-    sizes = [block.dynamic_conv_size(*size) for size in ((9, 9), (4, 4), (6, 10), (10, 6), (2, 10), (12, 9))]
+    block = build("overlock_xxt", num_classes=2).sub_blocks3[0]  # kernel 9
+    sizes = [
+        block.dynamic_conv_size(*size)
+        for size in ((9, 9), (4, 4), (6, 10), (10, 6), (2, 10), (12, 9))
+    ]
     assert sizes == [(9, 9), (9, 9), (9, 15), (15, 9), (9, 45), (12, 9)]
     block.kernel_size = 15
     assert block.dynamic_conv_size(11, 11) == (15, 15)
@@ -189,14 +242,14 @@ def test_dynamic_conv_size(impl):
 def test_classifier_of_any_size(impl):
     images = impl.array(np.zeros((2, 3, 64, 64), np.float32))
     for classes, width in ((1, 1), (37, 37), (0, 256)):  # without classes: the 256 pooled features
-        model = build(impl, "overlock_xxt", num_classes=classes)
+        model = build("overlock_xxt", num_classes=classes)
         model.eval()
         with impl.no_grad():
             assert impl.numpy(model(images)).shape == (2, width)
 
 
 def test_initial_weights_follow_the_seed(impl):
-    model = build(impl, "overlock_xxt", num_classes=20)
+    model = build("overlock_xxt", num_classes=20)
     model.init_weights(3)
     first = model_arrays(model)
     model.init_weights(4)
@@ -205,15 +258,18 @@ def test_initial_weights_follow_the_seed(impl):
     third = model_arrays(model)
     assert all(np.array_equal(first[key], third[key]) for key in first)
     weight = first["blocks1.0.proj.4.weight"]
-    expected = 0.02 * np.random.default_rng([3, crc32(b"blocks1.0.proj.4.weight")]).standard_normal(weight.shape)
+    expected = 0.02 * np.random.default_rng([3, crc32(b"blocks1.0.proj.4.weight")]).standard_normal(
+        weight.shape
+    )
     assert np.array_equal(weight, expected.astype(np.float32))
     assert not np.array_equal(weight, second["blocks1.0.proj.4.weight"])
-    assert (first["blocks1.0.dwconv.bias"] == 0).all() and (first["sub_blocks3.0.ls1.weight"] == 1).all()
+    assert (first["blocks1.0.dwconv.bias"] == 0).all() and (
+        first["sub_blocks3.0.ls1.weight"] == 1
+    ).all()
 
 
 def test_drop_path_drops_whole_samples_in_training_only(impl):
-    from layers import DropPath
-    layer, ones = DropPath(0.5), impl.array(np.ones((64, 2, 3, 3), np.float32))
+    layer, ones = module("layers").DropPath(0.5), impl.array(np.ones((64, 2, 3, 3), np.float32))
     layer.train()
     dropped = impl.numpy(layer(ones)).reshape(64, -1)
     assert set(np.unique(dropped)) == {0.0, 2.0} and (dropped == dropped[:, :1]).all()
@@ -225,8 +281,7 @@ def test_grn_in_half_precision(impl):
     """A dead channel and values above 256 stay finite, forward and backward."""
     if impl.name != "torch":
         pytest.skip("jittor_impl computes in float32")
-    from layers import GRN
-    grn = GRN(2).half()
+    grn = module("layers").GRN(2).half()
     grn.gamma.data.fill_(1)
     x = impl.torch.full((1, 2, 8, 8), 300.0, dtype=impl.torch.float16)
     x[:, 1] = 0

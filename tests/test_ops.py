@@ -1,4 +1,5 @@
 """na2d_av against the reference values, its definition in float64, NATTEN, and bad shapes."""
+
 import importlib.util
 import os
 import subprocess
@@ -47,14 +48,16 @@ def definition(attn, value, K):
 def run(impl, attn, value, K, grad_out):
     """out, grad_attn, grad_value as arrays."""
     attn, value = impl.array(attn), impl.array(value)
-    out = impl.ops.na2d_av(attn, value, K)
+    out = impl.module("ops").na2d_av(attn, value, K)
     return [impl.numpy(out), *impl.gradients(out, grad_out, [attn, value])]
 
 
 @pytest.mark.parametrize("case", range(6))
 def test_reference_values(impl, case):
     z = np.load(REFERENCE / "na2d_av.npz")
-    attn, value, K, grad_out = (z[f"case{case}_{name}"] for name in ("attn", "value", "kernel_size", "grad_out"))
+    attn, value, K, grad_out = (
+        z[f"case{case}_{name}"] for name in ("attn", "value", "kernel_size", "grad_out")
+    )
     results = run(impl, attn, value, int(K), grad_out)
     for actual, name in zip(results, ("out", "grad_attn", "grad_value")):
         assert error(actual, z[f"case{case}_{name}"]) < 2e-6, name
@@ -62,9 +65,17 @@ def test_reference_values(impl, case):
 
 # (B, heads, H, W, dim), K: every block of channels (16, 8, 4, 2, 1), kernels as large as the map, K = 1, thin maps,
 # and maps large enough to be cut into tiles of which the last is not full.
-SHAPES = [((2, 3, 5, 5, 1), 5), ((1, 2, 6, 11, 3), 3), ((2, 1, 7, 9, 12), 7), ((1, 2, 9, 8, 14), 5),
-          ((1, 1, 4, 13, 31), 1), ((2, 2, 8, 8, 17), 3), ((1, 1, 5, 41, 2), 5), ((1, 2, 21, 27, 4), 9),
-          ((1, 1, 37, 19, 5), 13)]
+SHAPES = [
+    ((2, 3, 5, 5, 1), 5),
+    ((1, 2, 6, 11, 3), 3),
+    ((2, 1, 7, 9, 12), 7),
+    ((1, 2, 9, 8, 14), 5),
+    ((1, 1, 4, 13, 31), 1),
+    ((2, 2, 8, 8, 17), 3),
+    ((1, 1, 5, 41, 2), 5),
+    ((1, 2, 21, 27, 4), 9),
+    ((1, 1, 37, 19, 5), 13),
+]
 
 
 @pytest.mark.parametrize("shape, K", SHAPES)
@@ -74,44 +85,58 @@ def test_definition_in_float64(impl, shape, K):
     value, grad_out = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
     forward, backward = definition(attn.astype(np.float64), value.astype(np.float64), K)
     expected = [forward(), *backward(grad_out.astype(np.float64))]
-    for actual, wanted, name in zip(run(impl, attn, value, K, grad_out), expected, ("out", "grad_attn", "grad_value")):
+    for actual, wanted, name in zip(
+        run(impl, attn, value, K, grad_out), expected, ("out", "grad_attn", "grad_value")
+    ):
         assert error(actual, wanted) < 2e-6, name
 
 
-@pytest.mark.parametrize("attn, value, K, why", [
-    ((1, 2, 7, 7, 16), (1, 2, 7, 7, 8), 4, "odd"),
-    ((1, 2, 7, 7, 9), (1, 2, 7, 7, 8), 5, "kernel_size**2 = 25"),
-    ((1, 2, 4, 9, 25), (1, 2, 4, 9, 8), 5, "as large as the kernel"),
-    ((1, 2, 9, 4, 25), (1, 2, 9, 4, 8), 5, "as large as the kernel"),
-    ((1, 2, 7, 8, 25), (1, 2, 7, 7, 8), 5, "agree"),
-    ((1, 3, 7, 7, 25), (1, 2, 7, 7, 8), 5, "agree"),
-    ((2, 7, 7, 25), (2, 7, 7, 8), 5, "5 axes"),
-    ((1, 2, 7, 7, 1), (1, 2, 7, 7, 8), -1, "odd"),
-])
+@pytest.mark.parametrize(
+    "attn, value, K, why",
+    [
+        ((1, 2, 7, 7, 16), (1, 2, 7, 7, 8), 4, "odd"),
+        ((1, 2, 7, 7, 9), (1, 2, 7, 7, 8), 5, "kernel_size**2 = 25"),
+        ((1, 2, 4, 9, 25), (1, 2, 4, 9, 8), 5, "as large as the kernel"),
+        ((1, 2, 9, 4, 25), (1, 2, 9, 4, 8), 5, "as large as the kernel"),
+        ((1, 2, 7, 8, 25), (1, 2, 7, 7, 8), 5, "agree"),
+        ((1, 3, 7, 7, 25), (1, 2, 7, 7, 8), 5, "agree"),
+        ((2, 7, 7, 25), (2, 7, 7, 8), 5, "5 axes"),
+        ((1, 2, 7, 7, 1), (1, 2, 7, 7, 8), -1, "odd"),
+    ],
+)
 def test_wrong_shapes_are_named(impl, attn, value, K, why):
     with pytest.raises(ValueError) as caught:
-        impl.ops.na2d_av(impl.array(np.zeros(attn, np.float32)), impl.array(np.zeros(value, np.float32)), K)
-    assert why in str(caught.value) and str(attn) in str(caught.value) and str(value) in str(caught.value)
+        impl.module("ops").na2d_av(
+            impl.array(np.zeros(attn, np.float32)), impl.array(np.zeros(value, np.float32)), K
+        )
+    assert (
+        why in str(caught.value)
+        and str(attn) in str(caught.value)
+        and str(value) in str(caught.value)
+    )
 
 
 def test_natten_itself(impl):
     if impl.name != "torch":
         pytest.skip("NATTEN is a PyTorch extension; the torch part compares with it")
-    if impl.ops.natten_na2d_av is None:
+    backend = impl.module("kernels.backend")
+    if backend.natten_na2d_av is None:
         pytest.skip("NATTEN is not installed")
     generator = np.random.default_rng(1)
     for _ in range(12):
         K = int(generator.choice([3, 5, 7, 9, 13]))
         B, heads, H, W, dim = generator.integers([1, 1, K, K, 1], [3, 4, 31, 31, 20])
         attn = generator.standard_normal((B, heads, H, W, K * K)).astype(np.float32)
-        value, grad_out = (generator.standard_normal((B, heads, H, W, dim)).astype(np.float32) for _ in range(2))
+        value, grad_out = (
+            generator.standard_normal((B, heads, H, W, dim)).astype(np.float32) for _ in range(2)
+        )
         results = []
-        for backend in ("natten", "dense"):
-            impl.ops.set_na2d_backend(backend)
+        for name in ("natten", "dense"):
+            backend.set_na2d_backend(name)
             try:
                 results.append(run(impl, attn, value, K, grad_out))
             finally:
-                impl.ops.set_na2d_backend("auto")
+                backend.set_na2d_backend("auto")
         for natten, ours, name in zip(*results, ("out", "grad_attn", "grad_value")):
             assert error(ours, natten) < 2e-6, (name, value.shape, K)
 
@@ -122,26 +147,31 @@ CUDA_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat1
 def cuda_calls(impl, dtype, monkeypatch):
     """{(header, code, types of the inputs, types of the outputs)} of the operators of jittor_impl for the GPU, and of their
     gradients, on maps of `dtype`; the norms with parameters of `dtype` and of float32."""
-    from aligned_nn import BatchNorm2d, Conv2d, channel_norm, grn
-    jt, calls = impl.jt, set()
+    functions, nn = impl.module("aligned.functions"), impl.module("aligned.nn")
+    types, jt, calls = impl.module("aligned.launch").TYPES, impl.jt, set()
 
     def record(shapes, dtypes, inputs, cpu_header, cpu_src, cuda_header, cuda_src, data):
-        calls.add((cuda_header, cuda_src, tuple(str(v.dtype) for v in inputs), tuple(map(str, dtypes))))
+        calls.add(
+            (cuda_header, cuda_src, tuple(str(v.dtype) for v in inputs), tuple(map(str, dtypes)))
+        )
         return [jt.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
 
     monkeypatch.setattr(jt, "code", record)
-    monkeypatch.setitem(impl.ops.TYPES, 0, impl.ops.TYPES[1])
+    monkeypatch.setitem(types, 0, types[1])
     x = jt.zeros((2, 3, 9, 9), dtype)
     attn, value = (jt.zeros((2, 3, 9, 9, size), dtype) for size in (25, 4))
-    outputs = [impl.ops.na2d_av(attn, value, 5)]
+    outputs = [impl.module("ops").na2d_av(attn, value, 5)]
     for bias in (True, False):
-        outputs.append(Conv2d(3, 3, 5, padding=2, groups=3, bias=bias).depthwise(x, True))
+        conv = nn.Conv2d(3, 3, 5, padding=2, groups=3, bias=bias)
+        outputs.append(functions.convolve(x, conv, own=None, residual=True))
     for of_parameters in {dtype, "float32"}:
-        norm = BatchNorm2d(3)
+        norm = nn.BatchNorm2d(3)
         norm.train()
         norm.weight, norm.bias = (jt.zeros(3, of_parameters) for _ in range(2))
-        outputs += [norm(x), channel_norm(x, norm.weight, norm.bias, 1e-6)]
-        outputs.append(grn(x, *(jt.zeros((1, 3, 1, 1), of_parameters) for _ in range(2))))
+        outputs.append(norm(x))
+        outputs.append(functions.LayerNormFunction.apply(x, norm.weight, norm.bias, 1e-6))
+        gamma, beta = (jt.zeros((1, 3, 1, 1), of_parameters) for _ in range(2))
+        outputs.append(functions.GRNFunction.apply(x, gamma, beta))
     assert all(out.dtype == dtype for out in outputs)
     for out in outputs:
         jt.grad(out.float32().sum(), [x, attn, value])
@@ -156,22 +186,43 @@ def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
     for A100 and H100 in Jittor's C++14."""
     if impl.name != "jittor":
         pytest.skip("only jittor_impl has kernels of its own")
-    from cuda_toolkit import system_nvcc
-    nvcc = system_nvcc()
+    nvcc = impl.module("aligned.setup.cuda_toolkit").system_nvcc()
     if not nvcc:
         pytest.skip("no nvcc on this machine")
     calls = sorted(call for dtype in CUDA_TYPES for call in cuda_calls(impl, dtype, monkeypatch))
-    lines = ["#include <cuda_bf16.h>", "#include <cuda_fp16.h>", "#include <map>", "#include <string>"]
+    lines = [
+        "#include <cuda_bf16.h>",
+        "#include <cuda_fp16.h>",
+        "#include <map>",
+        "#include <string>",
+    ]
     lines += dict.fromkeys(line for header, *_ in calls for line in header.splitlines())
     for i, (_, code, inputs, outputs) in enumerate(calls):
-        names = [f"in{k}_p" for k in range(len(inputs))] + [f"out{k}_p" for k in range(len(outputs))]
-        arguments = ", ".join(f"{CUDA_TYPES[dtype]}* {name}" for dtype, name in zip(inputs + outputs, names))
-        lines.append(f"void call{i}({arguments}, std::map<std::string, double>& data) "
-                     f"{{ typedef {CUDA_TYPES[inputs[0]]} in0_type; {code} }}")
+        names = [f"in{k}_p" for k in range(len(inputs))] + [
+            f"out{k}_p" for k in range(len(outputs))
+        ]
+        arguments = ", ".join(
+            f"{CUDA_TYPES[dtype]}* {name}" for dtype, name in zip(inputs + outputs, names)
+        )
+        lines.append(
+            f"void call{i}({arguments}, std::map<std::string, double>& data) "
+            f"{{ typedef {CUDA_TYPES[inputs[0]]} in0_type; {code} }}"
+        )
     source = tmp_path / "kernels.cu"
     source.write_text("\n".join(lines))
-    command = [nvcc, "-std=c++14", "--use_fast_math", "-c", "-gencode", "arch=compute_80,code=sm_80",
-               "-gencode", "arch=compute_90,code=sm_90", "-o", str(tmp_path / "kernels.o"), str(source)]
+    command = [
+        nvcc,
+        "-std=c++14",
+        "--use_fast_math",
+        "-c",
+        "-gencode",
+        "arch=compute_80,code=sm_80",
+        "-gencode",
+        "arch=compute_90,code=sm_90",
+        "-o",
+        str(tmp_path / "kernels.o"),
+        str(source),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -182,8 +233,18 @@ def test_cuda_kernels_on_a_cpu(impl, tmp_path):
     if impl.name != "jittor":
         pytest.skip("only jittor_impl has kernels of its own")
     program = tmp_path / "cuda_on_cpu"
-    command = ["g++", "-std=c++14", "-O1", "-march=native", "-fopenmp", "-I", str(impl.ops.KERNELS),
-               str(Path(__file__).parent / "cuda_on_cpu.cc"), "-o", str(program)]
+    command = [
+        "g++",
+        "-std=c++14",
+        "-O1",
+        "-march=native",
+        "-fopenmp",
+        "-I",
+        str(impl.module("aligned.launch").KERNELS),
+        str(Path(__file__).parent / "cuda_on_cpu.cc"),
+        "-o",
+        str(program),
+    ]
     subprocess.run(command, check=True)
     # One thread: the CPU's kernels are too small to gain from more.
     result = subprocess.run([program], capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
@@ -197,7 +258,9 @@ def run_triton(impl, script, *options, **environment):
     if not importlib.util.find_spec("triton"):
         pytest.skip("Triton is not installed")
     command = [sys.executable, Path(__file__).parent / script, *options]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -218,32 +281,57 @@ def test_triton_kernels_compile(impl, tmp_path):
 
 
 # (on a GPU, pixels, types of the tensors, NATTEN: whether it has CUDA, or None, Triton is installed), who computes.
-CHOICES = [((True, 196, ["float32"], True, True), "natten"), ((True, 3136, ["float32"], True, True), "natten"),
-           ((True, 400, ["float32"], False, True), "dense"), ((True, 401, ["float32"], False, True), "triton"),
-           ((True, 3136, ["float32", "float16"], False, True), "triton"), ((True, 3136, ["bfloat16"], False, True), "triton"),
-           ((True, 3136, ["float64"], False, True), "dense"), ((True, 3136, ["float32"], False, False), "dense"),
-           ((False, 3136, ["float32"], True, True), "dense"), ((False, 196, ["float32"], True, True), "dense"),
-           ((True, 3136, ["float32"], None, True), "triton"), ((True, 196, ["float32"], None, True), "dense")]
+CHOICES = [
+    ((True, 196, ["float32"], True, True), "natten"),
+    ((True, 3136, ["float32"], True, True), "natten"),
+    ((True, 400, ["float32"], False, True), "dense"),
+    ((True, 401, ["float32"], False, True), "triton"),
+    ((True, 3136, ["float32", "float16"], False, True), "triton"),
+    ((True, 3136, ["bfloat16"], False, True), "triton"),
+    ((True, 3136, ["float64"], False, True), "dense"),
+    ((True, 3136, ["float32"], False, False), "dense"),
+    ((False, 3136, ["float32"], True, True), "dense"),
+    ((False, 196, ["float32"], True, True), "dense"),
+    ((True, 3136, ["float32"], None, True), "triton"),
+    ((True, 196, ["float32"], None, True), "dense"),
+]
 
 
 def test_who_computes_na2d_av(impl, monkeypatch):
     if impl.name != "torch":
         pytest.skip("only torch_impl has a choice")
+    backend = impl.module("kernels.backend")
     kernels = SimpleNamespace(DTYPES={impl.torch.float32, impl.torch.float16, impl.torch.bfloat16})
-    monkeypatch.setattr(impl.ops, "natten_has_cuda", impl.ops.natten_has_cuda.__wrapped__)  # which does not remember
+    monkeypatch.setattr(
+        backend, "natten_has_cuda", backend.natten_has_cuda.__wrapped__
+    )  # which does not remember
     for (on_gpu, pixels, dtypes, natten, triton), chosen in CHOICES:
-        monkeypatch.setattr(impl.ops, "natten_na2d_av", None if natten is None else len)
-        monkeypatch.setattr(impl.ops, "natten", SimpleNamespace(has_cuda=lambda natten=natten: natten), raising=False)
-        monkeypatch.setattr(impl.ops, "triton_kernels", lambda triton=triton: kernels if triton else None)
+        monkeypatch.setattr(backend, "natten_na2d_av", None if natten is None else len)
+        monkeypatch.setattr(
+            backend, "natten", SimpleNamespace(has_cuda=lambda natten=natten: natten), raising=False
+        )
+        monkeypatch.setattr(
+            backend, "triton_kernels", lambda triton=triton: kernels if triton else None
+        )
         dtypes = {getattr(impl.torch, name) for name in dtypes}
-        assert impl.ops.choose_na2d_backend(on_gpu, pixels, dtypes) == chosen, (on_gpu, pixels, dtypes, natten, triton)
+        assert backend.choose_na2d_backend(on_gpu, pixels, dtypes) == chosen, (
+            on_gpu,
+            pixels,
+            dtypes,
+            natten,
+            triton,
+        )
 
 
 def test_triton_that_cannot_run(impl, monkeypatch):
     if impl.name != "torch":
         pytest.skip("only torch_impl has Triton kernels")
     monkeypatch.setattr(impl.torch.cuda, "is_available", lambda: False)
-    for kernels, why in ((None, "Triton is not installed"), (SimpleNamespace(INTERPRETED=False), "need a GPU")):
-        monkeypatch.setattr(impl.ops, "triton_kernels", lambda kernels=kernels: kernels)
+    backend = impl.module("kernels.backend")
+    for kernels, why in (
+        (None, "Triton is not installed"),
+        (SimpleNamespace(INTERPRETED=False), "need a GPU"),
+    ):
+        monkeypatch.setattr(backend, "triton_kernels", lambda kernels=kernels: kernels)
         with pytest.raises(ValueError, match=why):
-            impl.ops.set_na2d_backend("triton")
+            backend.set_na2d_backend("triton")

@@ -1,4 +1,5 @@
-"""`import models` in jittor_impl works by itself, and jittor_setup mends what it finds. CUDA is in test_cuda_setup.py."""
+"""Importing the models works by itself, and aligned/start.py mends what it finds. CUDA: test_cuda_setup.py."""
+
 import os
 import shlex
 import subprocess
@@ -6,25 +7,60 @@ import sys
 import time
 from pathlib import Path
 
-import jittor_setup
-from jittor_setup import jt
+from jittor_impl.aligned import start
+from jittor_impl.aligned.start import jt
 
-IMPL = Path(__file__).resolve().parent.parent / "jittor_impl"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code, **environment):
     """Run code in a process that inherits nothing but what every shell has (Jittor sets variables of its own)."""
     clean = {key: os.environ[key] for key in ("PATH", "HOME")}
-    return subprocess.run([sys.executable, "-c", code], cwd=IMPL, capture_output=True, text=True,
-                          env={**clean, **environment})
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**clean, **environment},
+    )
 
 
 def test_second_import_takes_seconds():
-    start = time.perf_counter()
-    result = python("import models")
+    begin = time.perf_counter()
+    result = python("import jittor_impl.models")
     assert result.returncode == 0, result.stderr
     assert len(result.stderr.splitlines()) <= 1, result.stderr  # at most the notice about CUDA
-    assert time.perf_counter() - start < 15
+    assert time.perf_counter() - begin < 15
+
+
+def test_import_in_a_thread_keeps_the_signal_handlers():
+    """Python's signal.signal works in the main thread alone, and Jittor's own handlers quit without a word."""
+    code = """
+import os, signal, subprocess, threading
+caught = []
+signal.signal(signal.SIGINT, lambda *_: caught.append("SIGINT"))
+def build():
+    from jittor_impl.models import overlock_xxt
+    caught.append(overlock_xxt(num_classes=2).num_classes)
+thread = threading.Thread(target=build)
+thread.start()
+thread.join()
+subprocess.run(["sh", "-c", "kill -9 $$"])
+os.kill(os.getpid(), signal.SIGINT)
+assert caught == [2, "SIGINT"], caught
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_jittor_is_imported_by_start_alone():
+    """An import before it would start Jittor as it is left to itself: downloads, CUDA without a GPU."""
+    for path in (ROOT / "jittor_impl").rglob("*.py"):
+        if path.name != "start.py":
+            lines = path.read_text().splitlines()
+            assert not [
+                line for line in lines if line.startswith(("import jittor", "from jittor"))
+            ], path
 
 
 def test_operators_are_compiled_with_headers_ahead_of_them():
@@ -36,15 +72,20 @@ def test_operators_are_compiled_with_headers_ahead_of_them():
     # An operator of its own: other sources in the cache may be of kernels that have changed since, or of a deleted clone.
     mark = f"{time.time_ns()}LL"
     jt.code((1,), "float32", [], cpu_src=f"out0_p[0] = {mark};").sync()
-    source = next(path for path in Path(header).parent.glob("jit/*_op.cc") if mark in path.read_text())
-    result = subprocess.run([jt.flags.cc_path, *options, "-Winvalid-pch", "-fsyntax-only", "-H", source],
-                            capture_output=True, text=True)
+    source = next(
+        path for path in Path(header).parent.glob("jit/*_op.cc") if mark in path.read_text()
+    )
+    result = subprocess.run(
+        [jt.flags.cc_path, *options, "-Winvalid-pch", "-fsyntax-only", "-H", source],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0 and f"! {header}.gch" in result.stderr, result.stderr[:2000]
 
 
 def test_a_home_that_cannot_be_written_to(tmp_path):
     (tmp_path / ".cache").write_text("")
-    result = python("import models", HOME=str(tmp_path))
+    result = python("import jittor_impl.models", HOME=str(tmp_path))
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert str(tmp_path / ".cache") in result.stderr and "set HOME" in result.stderr
 
@@ -53,33 +94,45 @@ def test_a_link_into_a_deleted_environment_is_mended(tmp_path):
     root = tmp_path / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp"
     (root / "lib").mkdir(parents=True)
     (root / "lib" / "libmkldnn.so").symlink_to(tmp_path / "deleted" / "lib" / "libmkldnn.so")
-    jittor_setup.provide_onednn(tmp_path)
+    start.provide_onednn(tmp_path)
     assert (root / "lib" / "libmkldnn.so").resolve().is_file()
     assert (root / "include" / "oneapi" / "dnnl" / "dnnl.hpp").is_file()
 
 
 def test_jittors_own_download_is_left_alone(tmp_path):
-    library = tmp_path / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp" / "lib" / "libmkldnn.so"
+    library = (
+        tmp_path / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp" / "lib" / "libmkldnn.so"
+    )
     library.parent.mkdir(parents=True)
     library.write_text("downloaded")
-    jittor_setup.provide_onednn(tmp_path)
+    start.provide_onednn(tmp_path)
     assert library.read_text() == "downloaded" and not (library.parents[1] / "include").exists()
 
 
 def test_missing_jittor_is_named():
-    code = ("from importlib import metadata; version = metadata.version\n"
-            "def none(name):\n    if name == 'jittor': raise metadata.PackageNotFoundError(name)\n    return version(name)\n"
-            "metadata.version = none; import jittor_setup")
+    code = (
+        "from importlib import metadata; version = metadata.version\n"
+        "def none(name):\n    if name == 'jittor': raise metadata.PackageNotFoundError(name)\n    return version(name)\n"
+        "metadata.version = none; import jittor_impl.aligned.start"
+    )
     result = python(code)
-    assert result.returncode == 2 and "requirements-jittor.txt" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and "requirements-jittor.txt" in result.stderr
+        and "Traceback" not in result.stderr
+    )
 
 
 def test_numpy_2_is_refused():
-    code = "from importlib import metadata; metadata.version = lambda name: '2.1.0'; import jittor_setup"
+    code = "from importlib import metadata; metadata.version = lambda name: '2.1.0'; import jittor_impl.aligned.start"
     result = python(code)
-    assert result.returncode == 2 and "pip install 'numpy<2'" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and "pip install 'numpy<2'" in result.stderr
+        and "Traceback" not in result.stderr
+    )
 
 
 def test_missing_compiler_is_named(tmp_path):
-    result = python("import jittor_setup", PATH=str(tmp_path))
+    result = python("import jittor_impl.aligned.start", PATH=str(tmp_path))
     assert result.returncode == 2 and "no g++" in result.stderr and "Traceback" not in result.stderr

@@ -10,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import triton
 from triton.compiler import ASTSource
-
 from torch_impl.kernels import na2d_av_triton
 
 KERNELS = [

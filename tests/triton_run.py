@@ -20,7 +20,6 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from test_ops import SHAPES, definition, error  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
-
 from torch_impl import ops  # noqa: E402
 from torch_impl.kernels import backend  # noqa: E402
 

@@ -1,21 +1,28 @@
-"""Print README's model table: python docs/model_table.py, in the PyTorch environment.
+"""Print README's model table: python tools/model_table.py, in the PyTorch environment.
 
 FLOPs are multiply-adds of one 224x224 image in evaluation mode, as the paper counts them; convolutions and matrix
 products by PyTorch's own counter, na2d_av by its definition. "Merged": after reparam(), without the auxiliary head,
 which is what inference needs and what the paper reports.
 """
+
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "torch_impl"), str(ROOT)]
-import models
-from bench import count_products
+sys.path.insert(0, str(ROOT))
+from bench import count_products  # noqa: E402
+from torch_impl import models  # noqa: E402
 
-print("| variant | parameters | parameters, merged | FLOPs at 224x224, merged |\n| --- | --- | --- | --- |")
+print(
+    "| variant | parameters | parameters, merged | FLOPs at 224x224, merged |\n| --- | --- | --- | --- |"
+)
 for name in models.VARIANTS:
     model = models.OverLoCK(**models.VARIANTS[name]).eval()
     count = sum(p.numel() for p in model.parameters())
     model.reparam()
-    merged = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.aux_head.parameters())
-    print(f"| {name} | {count / 1e6:.2f} M | {merged / 1e6:.2f} M | {count_products(model, 224) / 1e9:.2f} G |")
+    merged = sum(p.numel() for p in model.parameters()) - sum(
+        p.numel() for p in model.aux_head.parameters()
+    )
+    print(
+        f"| {name} | {count / 1e6:.2f} M | {merged / 1e6:.2f} M | {count_products(model, 224) / 1e9:.2f} G |"
+    )

@@ -174,7 +174,7 @@ def training_step(model, optimizer, images, labels, args):
 
     Returns the main and the auxiliary loss before the step, as numbers.
     """
-    images = torch.from_numpy(images).to(args.device, memory_format=torch.channels_last)
+    images = torch.from_numpy(images).to(args.device)
     loss, main, aux = losses(model(images), labels, args)
     optimizer.zero_grad()
     loss.backward()
@@ -217,7 +217,7 @@ def evaluate(model, data, args):
     model.eval()
     loss = top1 = top5 = 0
     for images, labels in data.batches(args.batch_size):
-        images = torch.from_numpy(images).to(args.device, memory_format=torch.channels_last)
+        images = torch.from_numpy(images).to(args.device)
         logits = model(images).cpu().numpy().astype(np.float64)  # (n, classes)
         logits -= logits.max(1, keepdims=True)
         target = logits[np.arange(len(labels)), labels][:, None]  # (n,) -> (n, 1)

@@ -42,7 +42,7 @@ ONEDNN_PACKAGES = (
 
 
 def notice(message):
-    print(f"jittor_setup: {message}", file=sys.stderr, flush=True)
+    print(f"jittor_impl: {message}", file=sys.stderr, flush=True)
 
 
 def fail(message):
@@ -134,7 +134,7 @@ class Compilation:
             self.next = done + self.files / 5
             end = "\r" if on_terminal and done < self.files else "\n"
             print(
-                f"jittor_setup: compiled {done} of {self.files} files",
+                f"jittor_impl: compiled {done} of {self.files} files",
                 end=end,
                 file=sys.stderr,
                 flush=True,
