@@ -21,14 +21,16 @@ from tools.frameworks import ROOT, Jittor, Torch
 
 CHECKS = ("weights", "batches", "forward", "loss", "gradients", "step", "adamw", "steps")
 EPS = float(np.finfo(np.float32).eps)
-# How many times the error of PyTorch in float32 Jittor may have: in one array, where chance is large,
+# How many times the error of PyTorch in float32 Jittor may have: in one array, where chance is
+# large,
 ARRAY_LIMIT = 10
 # in the mean over the arrays of a check, where it averages out,
 CHECK_LIMIT = 3
 # and in the loss of a step, beside PyTorch from perturbed weights; both averaged over WINDOW steps,
 STEP_LIMIT = 3
 WINDOW = 10
-# the largest of so many perturbed runs: of two single ones, one may be 16 times as far away as the other.
+# the largest of so many perturbed runs: of two single ones, one may be 16 times as far away as the
+# other.
 PERTURBED_RUNS = 5
 STATISTICS = ("running_mean", "running_var")
 
@@ -94,7 +96,9 @@ def build(f, args):
 
 
 def build_perturbed(f, args, run):
-    """PyTorch's model, every weight changed by one unit in the last place; `run` says in which directions."""
+    """PyTorch's model, every weight changed by one unit in the
+    last place; `run` says in which directions.
+    """
     model = build(f, args)
     generator = np.random.default_rng([args.seed, run])
     for parameter in model.parameters():
@@ -106,7 +110,9 @@ def build_perturbed(f, args, run):
 
 
 def resized(images, side):
-    """(n, 3, H, W) -> (n, 3, side, side), each pixel a copy of the nearest one: the same bits everywhere."""
+    """(n, 3, H, W) -> (n, 3, side, side), each pixel a copy of
+    the nearest one: the same bits everywhere.
+    """
     rows, cols = (np.arange(side) * size // side for size in images.shape[2:])
     return np.ascontiguousarray(images[:, :, rows][:, :, :, cols])
 
@@ -118,7 +124,9 @@ def load_data(f, args):
 
 
 def batches(f, args, train):
-    """Training batches of one epoch after another, images (n, 3, side, side) and labels (n,), and no short ones."""
+    """Training batches of one epoch after another, images (n, 3,
+    side, side) and labels (n,), and no short ones.
+    """
     epoch = 0
     while True:
         epoch += 1
@@ -260,7 +268,9 @@ def fail(message):
 
 
 def relative_errors(actual, reference, floor):
-    """(maximum, mean) of |actual - reference|, relative to those of |reference|, or to `floor` if larger."""
+    """(maximum, mean) of |actual - reference|, relative to those
+    of |reference|, or to `floor` if larger.
+    """
     difference, size = np.abs(actual.astype(np.float64) - reference), np.abs(reference)
     return difference.max() / max(size.max(), floor), difference.mean() / max(size.mean(), floor)
 
@@ -274,7 +284,9 @@ def compare_bits(check, jittor, torch):
 
 
 def determined(torch, reference):
-    """{name: which elements of a gradient have a sign that float32 can tell}: ten times its error or more."""
+    """{name: which elements of a gradient have a sign that float32
+    can tell}: ten times its error or more.
+    """
     return {
         name: np.abs(array) > 10 * np.abs(torch[name] - array).max()
         for name, array in reference.items()
@@ -282,7 +294,9 @@ def determined(torch, reference):
 
 
 def adamw(arrays):
-    """{name: parameter after a first step of AdamW from the weights and gradients in `arrays`}, in float64."""
+    """{name: parameter after a first step of AdamW from the
+    weights and gradients in `arrays`}, in float64.
+    """
     options, weights = of_check(arrays, "options"), of_check(arrays, "weights")
     lr, eps, decay = (float(options[name]) for name in ("lr", "eps", "weight_decay"))
     gradients = of_check(arrays, "gradients").items()
@@ -294,17 +308,18 @@ def adamw(arrays):
 
 
 def compare_arrays(check, jittor, torch, reference, torch_reference, keep):
-    """Rows of a check within rounding, of the elements to keep: {name: mask}, everything where there is none.
+    """Rows of a check within rounding, of the elements to keep:
+    {name: mask}, everything where there is none.
 
-    PyTorch's error is that against `torch_reference`. What Jittor's inference fuses into one kernel has
-    no counterpart and is left out.
+    PyTorch's error is that against `torch_reference`. What Jittor's inference fuses into one kernel
+    has no counterpart and is left out.
     """
     fused = {name for name in reference if name.startswith("inference ")}
     for name in reference:
         if name not in jittor and name not in fused:
             yield dict(check=check, name=f"{name} is missing", ok=False)
-    # Some gradients are zero in exact arithmetic, such as that of a bias before BatchNorm: their errors
-    # are relative to the gradients at large.
+    # Some gradients are zero in exact arithmetic, such as that of a bias before BatchNorm: their
+    # errors are relative to the gradients at large.
     floor = np.median([np.abs(array).mean() for array in reference.values()])
     for name in (name for name in reference if name in jittor):
         ours, theirs = jittor[name].shape, reference[name].shape
@@ -318,7 +333,8 @@ def compare_arrays(check, jittor, torch, reference, torch_reference, keep):
         torch_largest, torch_mean = relative_errors(
             torch[name][kept], torch_reference[name][kept], floor
         )
-        # No limit is below half a unit in the last place: a float32 array cannot be nearer on the whole.
+        # No limit is below half a unit in the last place: a float32 array cannot be nearer on the
+        # whole.
         limit = ARRAY_LIMIT * max(torch_mean, EPS / 2)
         if check == "step" and not name.endswith(STATISTICS):
             limit = np.inf
@@ -335,7 +351,9 @@ def compare_arrays(check, jittor, torch, reference, torch_reference, keep):
 
 
 def smoothed(gaps):
-    """Means over windows of ten steps, (runs, steps) -> (runs, windows); a shorter run is one window."""
+    """Means over windows of ten steps, (runs, steps) -> (runs,
+    windows); a shorter run is one window.
+    """
     width = min(WINDOW, gaps.shape[1])
     return np.lib.stride_tricks.sliding_window_view(gaps, width, axis=1).mean(2)
 
@@ -423,7 +441,9 @@ def draw(rows, path):
 
 
 def compare(check, jittor, torch, reference, runs):
-    """The rows of a check; jittor, torch and reference as `first_step` returns them, runs the losses of `steps`."""
+    """The rows of a check; jittor, torch and reference as
+    `first_step` returns them, runs the losses of `steps`.
+    """
     if check == "steps":
         return compare_steps(*runs)
     ours, theirs, exact = (of_check(arrays, check) for arrays in (jittor, torch, reference))

@@ -1,13 +1,13 @@
 """Time both frameworks side by side: python bench.py, or `make bench`.
 
-Every measurement is a process of its own, after warm-up; the implementations take turns (A B C A B C
-...), so that a slow minute of the machine hits all of them. They are Jittor, PyTorch, and PyTorch with
-NATTEN's na2d_av, which is what the official OverLoCK runs, at the larger batch only: "natten" as pip
-builds it for a CPU, with no optimisation and for one thread; "natten -O3" the same source with the
-compiler flags that it lacks. Prints a table, writes logs/bench.csv and logs/bench.png.
+Every measurement is a process of its own, after warm-up; the implementations take turns (A B C A B
+C ...), so that a slow minute of the machine hits all of them. They are Jittor, PyTorch, and PyTorch
+with NATTEN's na2d_av, which is what the official OverLoCK runs, at the larger batch only: "natten"
+as pip builds it for a CPU, with no optimisation and for one thread; "natten -O3" the same source
+with the compiler flags that it lacks. Prints a table, writes logs/bench.csv and logs/bench.png.
 
-The floor of a row is what the machine could do at best: its multiply-adds at the matrix rate measured
-here, or its bytes at the copy bandwidth measured here, whichever takes longer.
+The floor of a row is what the machine could do at best: its multiply-adds at the matrix rate
+measured here, or its bytes at the copy bandwidth measured here, whichever takes longer.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from unittest import mock
 from tools.frameworks import ROOT, Jittor, Torch
 
 IMPLEMENTATIONS = ("jittor", "torch", "natten", "natten -O3")
-# Merged: after reparam() in both frameworks, and with BatchNorms folded into the convolutions before.
+# Merged: after reparam() in both frameworks, and with BatchNorms folded into the convolutions
+# before.
 STEPS = ("training step", "inference", "merged inference")
 # variant, image side, batch sizes, the larger first
 MODELS = [("overlock_xxt", 64, (64, 16)), ("overlock_xt", 224, (8, 2))]
@@ -53,7 +54,10 @@ MAPS = [
 
 
 def measure(step, seconds):
-    """Warm up, then repeat `step` for about `seconds`, at least twice. Returns the times in seconds."""
+    """Warm up, then repeat `step` for about `seconds`, at least twice.
+
+    Returns the times in seconds.
+    """
     start = time.perf_counter()
     step()
     if time.perf_counter() - start < seconds:
@@ -198,8 +202,8 @@ class OperatorTask:
         if self.kind == "na2d_av":
             weights = size // self.shape[4] * self.kernel**2
             return 3 * size * self.kernel**2, 4 * (3 * weights + 5 * size)
-        # A window's taps that fall on the map, in all pixels together; a product with padding can be
-        # saved.
+        # A window's taps that fall on the map, in all pixels together; a product with padding can
+        # be saved.
         reach = self.kernel // 2
         taps = [
             sum(min(i + reach, n - 1) - max(i - reach, 0) + 1 for i in range(n))
@@ -325,7 +329,10 @@ def make_parser():
 
 
 def find_implementations(args):
-    """{implementation: (its Python, the environment of its processes)}, of those that are installed."""
+    """{implementation:
+
+    (its Python, the environment of its processes)}, of those that are installed.
+    """
     folder = args.natten_o3.resolve()
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     optimised = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -412,7 +419,10 @@ def main():
 
 
 def bench(task, environments, rounds):
-    """Let the implementations take turns at `task`. Returns a row of the table, its floor excepted."""
+    """Let the implementations take turns at `task`.
+
+    Returns a row of the table, its floor excepted.
+    """
     times, peaks, threads = {name: [] for name in environments}, {}, {}
     for _ in range(rounds):
         for name, (python, environment) in environments.items():

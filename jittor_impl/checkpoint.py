@@ -53,7 +53,8 @@ def save_checkpoint(path, model, optimizer, run):
     arrays |= {
         f"optimizer.{key}": value for key, value in optimizer_arrays(model, optimizer).items()
     }
-    # safetensors wants contiguous arrays; ascontiguousarray makes a scalar () a vector (1,), reshape mends that.
+    # safetensors wants contiguous arrays; ascontiguousarray makes a scalar () a vector (1,),
+    # reshape mends that.
     arrays = {
         key: np.ascontiguousarray(value).reshape(value.shape) for key, value in arrays.items()
     }
@@ -61,9 +62,11 @@ def save_checkpoint(path, model, optimizer, run):
 
 
 def read_checkpoint(path):
-    """(arrays of the model, arrays of the optimizer, run) of one of our checkpoints or of an official .pth release.
+    """(arrays of the model, arrays of the optimizer, run) of one of
+    our checkpoints or of an official .pth release.
 
-    Of a .pth file, optimizer and run are empty. Raises InputError if the file is missing or is neither.
+    Of a .pth file, optimizer and run are empty. Raises InputError if the file is missing or is
+    neither.
     """
     path = Path(path)
     if not path.is_file():
@@ -110,9 +113,11 @@ def read_checkpoint(path):
 
 
 def load_model(model, arrays, path, keep_classifier=False):
-    """Load `arrays` into `model`, every key and shape as they must be; raises InputError naming what differs.
+    """Load `arrays` into `model`, every key and shape as they must
+    be; raises InputError naming what differs.
 
-    keep_classifier leaves classifiers of another number of classes as they are in `model`; returns their keys.
+    keep_classifier leaves classifiers of another number of classes as they are in `model`; returns
+    their keys.
     """
     own = model_arrays(model)
     kept = []
@@ -137,7 +142,8 @@ def load_model(model, arrays, path, keep_classifier=False):
                 f"{path} is a checkpoint of another model ({key} is {value.shape} there, "
                 f"{own[key].shape} here); give the right --model"
             )
-    # Arrays, never stopped Vars: a parameter that is assigned a stopped Var is frozen without a word.
+    # Arrays, never stopped Vars: a parameter that is assigned a stopped Var is frozen without a
+    # word.
     state = model.state_dict()
     for key, value in arrays.items():
         state[key].update(jt.array(value.astype(own[key].dtype).reshape(state[key].shape)))

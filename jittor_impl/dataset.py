@@ -1,6 +1,8 @@
-"""TinyImageNet in memory: read once, checked before training starts, then batches by seed and epoch.
+"""TinyImageNet in memory: read once, checked before training
+starts, then batches by seed and epoch.
 
-Nothing here depends on a framework: batches are NumPy arrays, bit by bit the same in both implementations.
+Nothing here depends on a framework: batches are NumPy arrays, bit by bit the same in both
+implementations.
 """
 
 import sys
@@ -17,7 +19,10 @@ STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
 class TinyImageNet:
-    """One split. `images` (N, H, W, 3) uint8, `labels` (N,) int64, `classes` the WordNet ids in sorted order."""
+    """One split.
+
+    `images` (N, H, W, 3) uint8, `labels` (N,) int64, `classes` the WordNet ids in sorted order.
+    """
 
     def __init__(self, paths, labels, classes, progress):
         self.images = decode(paths, progress)
@@ -28,10 +33,11 @@ class TinyImageNet:
         return len(self.labels)
 
     def batches(self, batch_size, seed=None, epoch=None):
-        """Yield images (n, 3, H, W) float32, normalised, and labels (n,); the last batch may be smaller.
+        """Yield images (n, 3, H, W) float32, normalised, and labels
+        (n,); the last batch may be smaller.
 
-        With a seed: shuffled, half of the images flipped left to right, by NumPy's default_rng([seed, epoch]).
-        Without: in order, unflipped.
+        With a seed: shuffled, half of the images flipped left to right, by NumPy's
+        default_rng([seed, epoch]). Without: in order, unflipped.
         """
         order = np.arange(len(self))
         flip = np.zeros(len(self), bool)
@@ -57,8 +63,9 @@ def normalise(images):
 def load(data_dir, num_classes, train_per_class, val_per_class, progress=True):
     """Read the first `num_classes` classes, in sorted order, of a folder in TinyImageNet's layout.
 
-    Of each class, the first `train_per_class` and `val_per_class` images (by name; as annotated). Returns the
-    training split, None for train_per_class=0, and the validation split. Raises InputError, naming the file.
+    Of each class, the first `train_per_class` and `val_per_class` images (by name; as annotated).
+    Returns the training split, None for train_per_class=0, and the validation split. Raises
+    InputError, naming the file.
     """
     data_dir = Path(data_dir)
     train_dir, val_dir = data_dir / "train", data_dir / "val"

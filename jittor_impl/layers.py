@@ -5,7 +5,8 @@ from .aligned.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, sum_of_branches
 from .aligned.nn import FusedSequential as Sequential
 from .aligned.start import jt, nn
 
-# (kernel size, dilation) of the parallel branches beside a large kernel (UniRepLKNet, arXiv 2311.15599, section 3.1).
+# (kernel size, dilation) of the parallel branches beside a large kernel (UniRepLKNet, arXiv
+# 2311.15599, section 3.1).
 DILATED_BRANCHES = {
     5: ((3, 1), (3, 2)),
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),
@@ -51,7 +52,10 @@ class SEModule(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A scale and a shift per channel. The weight has a depthwise 1x1 convolution's shape, as the official keys do."""
+    """A scale and a shift per channel.
+
+    The weight has a depthwise 1x1 convolution's shape, as the official keys do.
+    """
 
     def __init__(self, dim, init_value):
         super().__init__()
@@ -100,7 +104,9 @@ class ResDWConv(Conv2d):
 
 
 def fuse_bn(conv, bn):
-    """Weight and bias of the convolution that equals `bn(conv(x))` in evaluation mode; `conv` has no bias."""
+    """Weight and bias of the convolution that equals `bn(conv(x))`
+    in evaluation mode; `conv` has no bias.
+    """
     scale = bn.weight / jt.sqrt(bn.running_var + bn.eps)
     # scale (C,) -> (C, 1, 1, 1), as the weight (C, 1, K, K)
     return conv.weight * scale.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
@@ -112,7 +118,8 @@ def branch_names(kernel_size, dilation):
 
 
 class DilatedReparamBlock(nn.Module):
-    """A large depthwise kernel and parallel dilated small ones (UniRepLKNet), each with its BatchNorm, summed.
+    """A large depthwise kernel and parallel dilated small ones
+    (UniRepLKNet), each with its BatchNorm, summed.
 
     `deploy=True` builds the merged form, one depthwise convolution with a bias.
     """
@@ -153,14 +160,16 @@ class DilatedReparamBlock(nn.Module):
         weight, bias = fuse_bn(conv, bn)
         for (k, r), (conv, bn) in zip(self.dilated, others):
             branch_weight, branch_bias = fuse_bn(conv, bn)
-            # A k x k kernel with dilation r is a dense one whose taps stand r apart around the same centre.
+            # A k x k kernel with dilation r is a dense one whose taps stand r apart around the same
+            # centre.
             reach = r * (k // 2)
             taps = slice(large_k // 2 - reach, large_k // 2 + reach + 1, r)
             weight[:, :, taps, taps] += branch_weight
             bias += branch_bias
             for name in branch_names(k, r):
                 delattr(self, name)
-        # The parameters stay the same objects: Jittor freezes new ones that are made in evaluation mode.
+        # The parameters stay the same objects: Jittor freezes new ones that are made in evaluation
+        # mode.
         self.lk_origin.weight.update(weight)
         self.lk_origin.bias = self.origin_bn.bias
         self.lk_origin.bias.update(bias)

@@ -3,16 +3,18 @@
 Three sub-networks (paper, section 3.1):
 
     image -> Base-Net (patch_embed1-3, blocks1-3) -> x, the mid-level features at stride 16
-         x -> Overview-Net (patch_embed4, blocks4) -> overview, a coarse view of the scene at stride 32
-    x, overview -> Focus-Net (sub_blocks3, patch_embedx, sub_blocks4): looks at x again, guided by the
+         x -> Overview-Net (patch_embed4, blocks4) -> overview, a coarse view of the scene at
+             stride 32
+    x, overview -> Focus-Net (sub_blocks3, patch_embedx, sub_blocks4): looks at x again, guided
+        by the
                    context prior ctx, which it refines on the way
 
-ctx is the paper's P_i, the context prior at block i. ctx0 is P_0, the first one, a projection of the
-overview; every block but the first mixes it in again. (The official code and the state-dict keys say h
-for both: h_proj, h_scale, high_level_proj.)
+ctx is the paper's P_i, the context prior at block i. ctx0 is P_0, the first one, a projection of
+the overview; every block but the first mixes it in again. (The official code and the state-dict
+keys say h for both: h_proj, h_scale, high_level_proj.)
 
-Every state-dict key and shape is that of the official implementation, so its checkpoints load strictly.
-Shapes are (B, C, H, W) unless a comment says otherwise.
+Every state-dict key and shape is that of the official implementation, so its checkpoints load
+strictly. Shapes are (B, C, H, W) unless a comment says otherwise.
 """
 
 from zlib import crc32
@@ -116,11 +118,12 @@ class RepConvBlock(nn.Module):
 
 
 class DynamicConvBlock(nn.Module):
-    """The block of Focus-Net, with ContMix, context-mixing dynamic convolution (paper, section 3.2).
+    """The block of Focus-Net, with ContMix, context-mixing
+    dynamic convolution (paper, section 3.2).
 
-    Half of the heads apply a dynamic kernel of `smk_size`, half one of `kernel_size`. The kernel at a pixel is
-    a mixture, by the affinity of the pixel (query) to the 7x7 regions of the context prior (key), of
-    learned kernels.
+    Half of the heads apply a dynamic kernel of `smk_size`, half one of `kernel_size`. The kernel at
+    a pixel is a mixture, by the affinity of the pixel (query) to the 7x7 regions of the context
+    prior (key), of learned kernels.
     """
 
     def __init__(
@@ -227,7 +230,9 @@ class DynamicConvBlock(nn.Module):
         return jt.split(x, self.dims, dim=1)  # (B, dim, H, W), (B, ctx_dim, H, W)
 
     def dynamic_conv(self, x, x_f):
-        """ContMix of the values x (B, dim, H, W), with kernels made from x_f (B, dim + ctx_dim, H, W)."""
+        """ContMix of the values x (B, dim, H, W), with kernels
+        made from x_f (B, dim + ctx_dim, H, W).
+        """
         H, W = x.shape[2:]
         h, w = self.dynamic_conv_size(H, W)
         if (h, w) != (H, W):
@@ -242,20 +247,23 @@ class DynamicConvBlock(nn.Module):
         return x if (h, w) == (H, W) else adaptive_avg_pool2d(x, (H, W))  # (B, dim, H, W)
 
     def dynamic_conv_size(self, H, W):
-        """Size of the map for the dynamic convolution: at least the kernel, the aspect ratio (about) kept."""
+        """Size of the map for the dynamic convolution: at least the
+        kernel, the aspect ratio (about) kept.
+        """
         K = self.kernel_size
         if min(H, W) >= K:
             return H, W
-        # Written as in the official code, for the same rounding; the max() mends 15 / 11 * 11, which it makes 14.
+        # Written as in the official code, for the same rounding; the max() mends 15 / 11 * 11,
+        # which it makes 14.
         return (K, max(K, int(K / H * W))) if H < W else (max(K, int(K / W * H)), K)
 
 
 class OverLoCK(nn.Module):
     """The whole network. `depth` to `projection` are a row of VARIANTS.
 
-    Training mode returns dict(main=logits, aux=logits of the Overview-Net), evaluation the main logits;
-    (B, num_classes) each. num_classes=0 leaves both classifiers out and returns the pooled features.
-    `seed` is that of the initial weights, `deploy` builds the form that `reparam` makes.
+    Training mode returns dict(main=logits, aux=logits of the Overview-Net), evaluation the main
+    logits; (B, num_classes) each. num_classes=0 leaves both classifiers out and returns the pooled
+    features. `seed` is that of the initial weights, `deploy` builds the form that `reparam` makes.
     `feature_dims` are the channels of what `features` returns.
     """
 
@@ -334,8 +342,8 @@ class OverLoCK(nn.Module):
     def init_weights(self, seed):
         """Draw every convolution's weight from N(0, 0.02²).
 
-        By NumPy and by its name: the same bits in any framework. The official trunc_normal_(std=.02)
-        cuts at +-2, 100 standard deviations away, which is no cut at all.
+        By NumPy and by its name: the same bits in any framework. The official
+        trunc_normal_(std=.02) cuts at +-2, 100 standard deviations away, which is no cut at all.
         Norms, LayerScale, GRN and position biases keep the constants of their constructors.
         """
         for name, module in self.named_modules():
@@ -381,7 +389,10 @@ class OverLoCK(nn.Module):
         return x1, x2, jt.cat([x3, ctx], dim=1), x4, overview
 
     def features(self, x):
-        """The four maps that a detector or a segmenter builds on: (B, feature_dims[i], H/2**(i+2), W/2**(i+2))."""
+        """The four maps that a detector or a segmenter builds on:
+
+        (B, feature_dims[i], H/2**(i+2), W/2**(i+2)).
+        """
         return self.stages(x)[:4]
 
     def execute(self, x):

@@ -22,7 +22,8 @@ def check_na2d_av(attn_shape, value_shape, kernel_size):
 
 
 def na2d_av(attn, value, kernel_size):
-    """Weighted sum of each pixel's kernel_size x kernel_size window (NATTEN 0.17's `na2d_av`; ContMix, eq. 3).
+    """Weighted sum of each pixel's kernel_size x kernel_size window
+    (NATTEN 0.17's `na2d_av`; ContMix, eq. 3).
 
     out[b, n, i, j, d] =
         sum over p, q < K of attn[b, n, i, j, p*K + q] * value[b, n, r(i) + p, c(j) + q, d],

@@ -1,4 +1,6 @@
-"""What a run prints while an epoch is under way: a tqdm bar on a terminal, a few plain lines in a file or a pipe."""
+"""What a run prints while an epoch is under way: a tqdm bar on a
+terminal, a few plain lines in a file or a pipe.
+"""
 
 import sys
 import time

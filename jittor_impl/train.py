@@ -166,7 +166,8 @@ def training_step(model, optimizer, images, labels, args):
     images = jt.array(images)
     loss, main, aux = losses(model(images), labels, args)
     optimizer.step(loss)
-    jt.sync_all()  # Jittor is lazy: run the whole step now, not the forward half at the first item()
+    # Jittor is lazy: run the whole step now, not the forward half at the first item()
+    jt.sync_all()
     return main.item(), aux.item()
 
 
@@ -177,7 +178,10 @@ def diverged(what, epoch, step):
 
 
 def train_one_epoch(model, optimizer, data, args, epoch):
-    """One pass over `data`. Returns the means over its images of the losses, as the log names them."""
+    """One pass over `data`.
+
+    Returns the means over its images of the losses, as the log names them.
+    """
     model.train()
     total_main = total_aux = seen = 0
     title = f"epoch {epoch}/{args.epochs}"
@@ -200,7 +204,8 @@ def train_one_epoch(model, optimizer, data, args, epoch):
 def evaluate(model, data, args):
     """Main head on `data`: {"val_loss": mean cross entropy, "acc_top1", "acc_top5": fractions}.
 
-    Loss and ranks in NumPy and float64: what is measured is then the same function in both frameworks.
+    Loss and ranks in NumPy and float64: what is measured is then the same function in both
+    frameworks.
     """
     model.eval()
     loss = top1 = top5 = 0
@@ -232,7 +237,9 @@ def check_resumable(run, args, path):
 
 
 def check_last_batch(train, batch_size):
-    """BatchNorm needs two values per channel: no last batch of one image with one pixel at stride 32."""
+    """BatchNorm needs two values per channel: no last batch of
+    one image with one pixel at stride 32.
+    """
     pixels = int(np.prod([-(-size // 32) for size in train.images.shape[1:3]]))
     if (len(train) - 1) % batch_size == 0 and pixels == 1:
         raise InputError(
@@ -310,7 +317,10 @@ def start(args, files, device_name):
 
 
 def fit(model, optimizer, train, val, run, args, files):
-    """The epochs that are left. After each, last.safetensors, the logs and perhaps best.safetensors."""
+    """The epochs that are left.
+
+    After each, last.safetensors, the logs and perhaps best.safetensors.
+    """
     history = run["history"]
     steps_per_epoch = -(-len(train) // args.batch_size)
     best = max((row["acc_top1"] for row in history), default=-1)

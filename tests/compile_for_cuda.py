@@ -1,11 +1,14 @@
-"""Compile Jittor's core, and every operator of a training step and of inference, for CUDA 13, on a machine without a GPU.
+"""Compile Jittor's core, and every operator of a training step and of
+inference, for CUDA 13, on a machine without a GPU.
 
-    python tests/compile_for_cuda.py [--model overlock_xxt] [--img-size 64] [--archs "80 90"] [--home FOLDER]
+    python tests/compile_for_cuda.py [--model overlock_xxt] [--img-size 64] [--archs "80 90"]
+        [--home FOLDER]
 
-Runs in an environment with requirements-jittor.txt and requirements-cuda.txt. The compiler, the headers and Jittor are the
-real ones; the libraries that are loaded are stand-ins whose functions do nothing (cuda_stubs.c), so that Jittor goes on
-from one operator to the next. It shows that everything compiles and links, and nothing about the numbers. Takes some 15
-minutes on two cores; with --home the compiled files stay there for the next time.
+Runs in an environment with requirements-jittor.txt and requirements-cuda.txt. The compiler, the
+headers and Jittor are the real ones; the libraries that are loaded are stand-ins whose functions do
+nothing (cuda_stubs.c), so that Jittor goes on from one operator to the next. It shows that
+everything compiles and links, and nothing about the numbers. Takes some 15 minutes on two cores;
+with --home the compiled files stay there for the next time.
 """
 
 import argparse
@@ -27,7 +30,10 @@ STAND_INS = ("cudart", "cublas", "cublasLt", "cudnn", "cufft", "curand", "cuspar
 
 
 def make_stand_in(library, folder):
-    """A library of the same name and with the same functions, which do nothing. Returns its path."""
+    """A library of the same name and with the same functions, which do nothing.
+
+    Returns its path.
+    """
     symbols = subprocess.run(
         ["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True
     ).stdout
@@ -69,7 +75,10 @@ def make_stand_in(library, folder):
 
 
 def prepare(home):
-    """Put the toolkit of this environment under `home`, with stand-ins for its libraries. Returns its nvcc."""
+    """Put the toolkit of this environment under `home`, with stand-ins for its libraries.
+
+    Returns its nvcc.
+    """
     nvcc = cuda_toolkit.packaged_nvcc(home)
     if not nvcc:
         sys.exit(

@@ -15,7 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from under_test import NAME  # noqa: E402
 from tools import frameworks  # noqa: E402
 
-# What needs matplotlib, or both environments, runs beside PyTorch; what is about Jittor alone, beside Jittor.
+# What needs matplotlib, or both environments, runs beside PyTorch; what is about Jittor alone,
+# beside Jittor.
 if NAME == "jittor":
     collect_ignore = ["test_plot.py", "test_prepare.py", "test_both.py", "test_packages.py"]
 else:
@@ -47,7 +48,9 @@ def kernels(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    """A folder in TinyImageNet's layout: 3 classes, 12 training and 6 validation images each, one of them greyscale."""
+    """A folder in TinyImageNet's layout: 3 classes, 12 training and 6
+    validation images each, one of them greyscale.
+    """
     from PIL import Image
 
     root = tmp_path_factory.mktemp("data") / "tiny"

@@ -15,7 +15,10 @@ TESTS = Path(__file__).resolve().parent
 
 
 def run_part(name, python, others, options):
-    """Run the tests of framework `name`. Returns its line of the summary, its skips and whether it passed."""
+    """Run the tests of framework `name`.
+
+    Returns its line of the summary, its skips and whether it passed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         environment = {**os.environ, "OVERLOCK_TESTS": name, **others}

@@ -77,7 +77,10 @@ def test_bilinear_interpolation(size):
 
 @pytest.mark.parametrize("ratio", [0, 20, 200])
 def test_batch_norm(ratio, kernels):
-    """Mean `ratio` standard deviations away from 0: Jittor's own loses 4e-3 at 200, and biases running_var."""
+    """Mean `ratio` standard deviations away from 0:
+
+    Jittor's own loses 4e-3 at 200, and biases running_var.
+    """
     generator = np.random.default_rng(0)
     x = (generator.standard_normal((8, 3, 5, 7)) + ratio).astype(np.float32)
     w = generator.standard_normal(x.shape).astype(np.float32)
@@ -147,7 +150,10 @@ def test_channel_norm(ratio, kernels):
 
 @pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
 def test_half_precision(kernels, monkeypatch):
-    """As on a GPU: a map of float16, parameters of float32; a loss in float32. Each result is off by its rounding alone."""
+    """As on a GPU: a map of float16, parameters of float32; a loss in float32.
+
+    Each result is off by its rounding alone.
+    """
     monkeypatch.setitem(launch.TYPES, 0, launch.TYPES[1])
     generator = np.random.default_rng(0)
     x, w = ((generator.standard_normal((4, 3, 5, 7))).astype(np.float16) for _ in range(2))

@@ -1,4 +1,6 @@
-"""What needs both environments: the mirror, the same bits from the same seed, each other's checkpoints."""
+"""What needs both environments: the mirror, the same bits from
+the same seed, each other's checkpoints.
+"""
 
 import argparse
 import ast
@@ -35,7 +37,9 @@ def run(pythons, name, *options):
 
 
 def outline(path):
-    """Classes and functions of a file in order, with their signatures; forward and execute count as one name."""
+    """Classes and functions of a file in order, with their
+    signatures; forward and execute count as one name.
+    """
     names = []
 
     def visit(body, prefix):
@@ -54,7 +58,9 @@ def outline(path):
 
 
 def constants(path):
-    """{name: value} of the literals at the top of a file, without those that name the framework or its backends."""
+    """{name: value} of the literals at the top of a file, without
+    those that name the framework or its backends.
+    """
     values = {}
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -85,7 +91,9 @@ def test_files_without_a_framework_are_the_same(name):
 
 @pytest.mark.parametrize("name", MIRRORED)
 def test_the_diff_is_a_translation_table(name):
-    """Mirrored files differ in few lines. models.py has every line, blank or not, at the same place."""
+    """Mirrored files differ in few lines. models.py has every
+    line, blank or not, at the same place.
+    """
     jittor, torch = (
         (ROOT / f"{impl}_impl" / name).read_text().splitlines() for impl in ("jittor", "torch")
     )
@@ -131,7 +139,8 @@ def test_runs_lie_on_each_other_and_read_each_others_checkpoints(pythons, datase
     for name in pythons:
         run(pythons, name, *common, "--epochs", 2)
         history[name] = pd.read_csv(tmp_path / f"log{suffix[name]}.csv")
-    # Six steps: the frameworks round differently, AdamW divides by the root of tiny squares, no more.
+    # Six steps: the frameworks round differently, AdamW divides by the root of tiny squares, no
+    # more.
     for key in ("train_loss", "train_loss_aux", "val_loss"):
         assert history["jittor"][key].to_numpy() == pytest.approx(
             history["torch"][key].to_numpy(), rel=2e-3
@@ -160,7 +169,9 @@ def test_runs_lie_on_each_other_and_read_each_others_checkpoints(pythons, datase
     "key, dtype", [(None, "float32"), ("state_dict", "float32"), ("model", "float16")]
 )
 def test_official_checkpoints_load_into_both(pythons, dataset, tmp_path, key, dtype):
-    """A .pth as the official release is: 1000 classes, under a key or not, beside objects that are no tensors."""
+    """A .pth as the official release is: 1000 classes, under a key
+    or not, beside objects that are no tensors.
+    """
     import torch
     from reference_weights import formula
     from torch_impl import models
@@ -234,7 +245,9 @@ def test_model_table_of_the_readmes():
 
 
 def test_tables_of_times_are_those_of_the_log():
-    """tools/bench_table.py prints docs/performance.md's table, from logs/reference/bench.csv; six rows are in the READMEs."""
+    """tools/bench_table.py prints docs/performance.md's table, from
+    logs/reference/bench.csv; six rows are in the READMEs.
+    """
     command = [sys.executable, ROOT / "tools" / "bench_table.py"]
     table = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
     assert table in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
@@ -343,7 +356,9 @@ def test_align_finds_the_frameworks_alike(pythons, dataset, tmp_path):
 
 
 def test_align_names_a_broken_module(pythons, dataset, tmp_path):
-    """A residual lost on purpose, deep in the network, is found where it is and not where it shows later."""
+    """A residual lost on purpose, deep in the network, is found
+    where it is and not where it shows later.
+    """
     result = align(
         pythons, dataset, tmp_path, "--steps", "2", "--plant-fault", "sub_blocks3.1.dwconv2"
     )

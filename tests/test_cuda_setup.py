@@ -1,4 +1,6 @@
-"""Which CUDA toolkit Jittor gets, and the changes of the installed package that CUDA 13 and cuDNN 9 need."""
+"""Which CUDA toolkit Jittor gets, and the changes of the
+installed package that CUDA 13 and cuDNN 9 need.
+"""
 
 import ctypes
 import os
@@ -17,7 +19,9 @@ SCRIPT = Path(patch_jittor.__file__)
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """The folder of a copy of those files of the installed package that the changes are about, as Jittor has them."""
+    """The folder of a copy of those files of the installed package
+    that the changes are about, as Jittor has them.
+    """
     installed = patch_jittor.package_root()
     for name in patch_jittor.read_patch(patch_jittor.PATCH.read_text()):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +118,10 @@ def fake_toolkit(folder, release, cudnn, lib64="lib64"):
 
 @pytest.fixture
 def choose(tmp_path, monkeypatch):
-    """choose_cuda on a machine with so many GPUs and this system-wide nvcc. Returns the nvcc that Jittor gets."""
+    """choose_cuda on a machine with so many GPUs and this system-wide nvcc.
+
+    Returns the nvcc that Jittor gets.
+    """
 
     def choose(gpus, nvcc, chosen=None, driver=13, capability=90, packaged=None):
         monkeypatch.delenv("nvcc_path", raising=False)

@@ -1,4 +1,5 @@
-"""The CPU kernels of jittor_impl against float64 NumPy: convolutions, ContMix, GRN and AdamW, with their gradients.
+"""The CPU kernels of jittor_impl against float64 NumPy:
+convolutions, ContMix, GRN and AdamW, with their gradients.
 
 BatchNorm, LayerNorm, pooling and interpolation are in test_aligned_nn.py, na2d_av in test_ops.py.
 """
@@ -26,7 +27,9 @@ def error(actual, expected):
 
 
 def depthwise(x, weight, grad_y, dilation):
-    """y, grad_x, grad_weight: each tap shifts the padded image. x (B, C, H, W), weight (C, 1, K, K)."""
+    """y, grad_x, grad_weight: each tap shifts the padded image.
+    x (B, C, H, W), weight (C, 1, K, K).
+    """
     K, (H, W) = weight.shape[2], x.shape[2:]
     pad = dilation * (K // 2)
     frame = ((0, 0), (0, 0), (pad, pad), (pad, pad))
@@ -48,7 +51,9 @@ def depthwise(x, weight, grad_y, dilation):
 
 
 def convolution(x, weight, grad_y, stride, padding, dilation):
-    """y, grad_x, grad_weight of a dense convolution: tap by tap. x (B, C, H, W), weight (O, C, K, L)."""
+    """y, grad_x, grad_weight of a dense convolution: tap by
+    tap. x (B, C, H, W), weight (O, C, K, L).
+    """
     frame = ((0, 0), (0, 0), (padding, padding), (padding, padding))
     padded = np.pad(x, frame)
     H, W = (
@@ -121,7 +126,8 @@ def test_dense_convolution(shape, outs, kernel, stride, padding, dilation, bias)
         assert error(grads[2], grad_y.sum((0, 2, 3), dtype=np.float64)) < 5e-6
 
 
-# Every kernel and dilation of the five variants on small and odd maps; channels that do and do not fill 8 lanes.
+# Every kernel and dilation of the five variants on small and odd maps; channels that do and do not
+# fill 8 lanes.
 @pytest.mark.parametrize(
     "shape",
     [(3, 8, 16, 16), (17, 12, 4, 4), (2, 20, 2, 2), (1, 3, 7, 11), (2, 9, 1, 5), (2, 16, 13, 8)],
@@ -206,7 +212,8 @@ def contmix_float64(query, key, weight, bias, rpb1, rpb2, x):
     return out.reshape(B, C, H, W)
 
 
-# Maps as small as the large window, and larger; channels of a head that do and do not fill 8 lanes; 16 images and more.
+# Maps as small as the large window, and larger; channels of a head that do and do not fill 8 lanes;
+# 16 images and more.
 @pytest.mark.parametrize(
     "B, heads, query_dim, value_dim, H, W, K1, K2, regions",
     [
@@ -217,7 +224,9 @@ def contmix_float64(query, key, weight, bias, rpb1, rpb2, x):
     ],
 )
 def test_contmix(B, heads, query_dim, value_dim, H, W, K1, K2, regions, monkeypatch):
-    """By the kernel and by the operators that run on a GPU; the kernel's gradients are those of the operators."""
+    """By the kernel and by the operators that run on a GPU; the
+    kernel's gradients are those of the operators.
+    """
     generator = np.random.default_rng(0)
 
     def normal(*shape):
@@ -241,14 +250,17 @@ def test_contmix(B, heads, query_dim, value_dim, H, W, K1, K2, regions, monkeypa
         results.append([out.numpy()] + [g.numpy() for g in jt.grad((out * grad_out).sum(), inputs)])
     arrays[2] = arrays[2][:, :, 0, 0]
     expected = contmix_float64(*(a.astype(np.float64) for a in arrays))
-    # Affinities of up to 16 products, weights of up to 49 of them; logits of about 30 go through an exponential.
+    # Affinities of up to 16 products, weights of up to 49 of them; logits of about 30 go through an
+    # exponential.
     assert error(results[0][0], expected) < 1e-5 and error(results[1][0], expected) < 1e-5
     for kernel, operators in zip(*results):
         assert error(kernel, operators) < 2e-5
 
 
 def test_merged_branches_are_the_branches():
-    """In evaluation without gradients a dilated reparam block is one convolution; with them it is all of its branches."""
+    """In evaluation without gradients a dilated reparam block is one
+    convolution; with them it is all of its branches.
+    """
     generator = np.random.default_rng(0)
     block = DilatedReparamBlock(12, 13, deploy=False)
     for var in block.state_dict().values():
@@ -284,7 +296,9 @@ def test_merged_branches_are_the_branches():
     ],
 )
 def test_convolutions_apply_the_norm_and_the_activation_after_them(layers):
-    """In inference a FusedSequential is its layers, one after another, in fewer kernels; with gradients it has them."""
+    """In inference a FusedSequential is its layers, one after another,
+    in fewer kernels; with gradients it has them.
+    """
     generator = np.random.default_rng(0)
     sequential = FusedSequential(*layers())
     for var in sequential.state_dict().values():
@@ -334,7 +348,9 @@ def test_nothing_is_fused_over_a_hook():
 
 
 def test_adamw():
-    """Parameters, moments and step count as in torch.optim.AdamW's formula, for parameters of several ranks."""
+    """Parameters, moments and step count as in torch.optim.AdamW's
+    formula, for parameters of several ranks.
+    """
     generator = np.random.default_rng(0)
     arrays = [
         generator.standard_normal(shape).astype(np.float32)
@@ -388,7 +404,9 @@ def test_grn(shape, kernels):
 
 
 def test_the_thread_count_changes_no_bit_of_a_step(tmp_path):
-    """Every kernel writes each number by one thread, in one order; so do the operators that Jittor generates."""
+    """Every kernel writes each number by one thread, in one order;
+    so do the operators that Jittor generates.
+    """
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import numpy as np

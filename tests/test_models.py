@@ -53,8 +53,9 @@ def test_state_dict_is_the_official_one(variant):
 
 @pytest.mark.parametrize("variant, size", CASES)
 def test_reference_values(impl, variant, size):
-    """Evaluation logits; training outputs, loss, every gradient, BatchNorm's statistics: within 20 times the float32
-    error that the official model itself has on the same case."""
+    """Evaluation logits; training outputs, loss, every gradient, BatchNorm's statistics: within 20
+    times the float32 error that the official model itself has on the same case.
+    """
     z = np.load(REFERENCE / f"{variant}_{size}.npz")
 
     def within(name, actual, floor=5e-6):
@@ -80,8 +81,9 @@ def test_reference_values(impl, variant, size):
     grads = {name: grad.astype(np.float64) for name, grad in zip(names, grads)}
     norms = np.array([np.linalg.norm(grads[name]) for name in names])
     within("grad_norm", norms, floor=2e-5)
-    # One distance over all parameters would hide a wrong gradient of a small one, so each by itself too; but for the
-    # biases (one parameter in seven) whose influence a normalisation takes away: 0 but for rounding.
+    # One distance over all parameters would hide a wrong gradient of a small one, so each by itself
+    # too; but for the biases (one parameter in seven) whose influence a normalisation takes away: 0
+    # but for rounding.
     counts = z["grad_norm"] > 1e-6 * z["grad_norm"].max()
     assert counts.mean() > 0.8
     worst = np.abs(norms / z["grad_norm"] - 1)[counts].max()
@@ -100,10 +102,12 @@ def test_reference_values(impl, variant, size):
 
 
 def test_ten_adamw_steps():
-    """The losses before each of ten steps, by the optimizer that train.py uses, follow the official model's float32 run.
+    """The losses before each of ten steps, by the optimizer that train.py
+    uses, follow the official model's float32 run.
 
-    Limit: a rounding error of one step is carried into the next, so 20 times the float32 error of one step's
-    loss, with the usual floor, is allowed once per step taken."""
+    Limit: a rounding error of one step is carried into the next, so 20 times the float32 error of
+    one step's loss, with the usual floor, is allowed once per step taken.
+    """
     z, batch = (
         np.load(REFERENCE / "overlock_xxt_adamw_10_steps.npz"),
         np.load(REFERENCE / "overlock_xxt_64x64.npz"),
@@ -121,7 +125,10 @@ def test_ten_adamw_steps():
 
 
 def test_weight_decay_is_applied():
-    """0 by default in Jittor. Here lr * weight_decay is 0.1, so a weight shrinks by a tenth before its step."""
+    """0 by default in Jittor.
+
+    Here lr * weight_decay is 0.1, so a weight shrinks by a tenth before its step.
+    """
     model = build("overlock_xxt", num_classes=2)
     before = model_arrays(model)["high_level_proj.weight"]
     options = ["--lr", "1e-3", "--weight-decay", "100", "--device", "cpu"]
@@ -228,7 +235,9 @@ def test_contmix_refuses_shapes_that_do_not_fit(impl):
 
 
 def test_dynamic_conv_size(impl):
-    """At least the kernel; otherwise the official rounding, also where it rounds down to less than the kernel."""
+    """At least the kernel; otherwise the official rounding, also
+    where it rounds down to less than the kernel.
+    """
     block = build("overlock_xxt", num_classes=2).sub_blocks3[0]  # kernel 9
     sizes = [
         block.dynamic_conv_size(*size)

@@ -18,7 +18,9 @@ def error(actual, expected):
 
 
 def definition(attn, value, K):
-    """na2d_av forward and backward, as loops over every pixel and its neighbours, in the precision of the arrays."""
+    """na2d_av forward and backward, as loops over every pixel and its
+    neighbours, in the precision of the arrays.
+    """
     B, heads, H, W, _ = value.shape
 
     def neighbours(i, j):
@@ -63,8 +65,8 @@ def test_reference_values(impl, case):
         assert error(actual, z[f"case{case}_{name}"]) < 2e-6, name
 
 
-# (B, heads, H, W, dim), K: every block of channels (16, 8, 4, 2, 1), kernels as large as the map, K = 1, thin maps,
-# and maps large enough to be cut into tiles of which the last is not full.
+# (B, heads, H, W, dim), K: every block of channels (16, 8, 4, 2, 1), kernels as large as the map, K
+# = 1, thin maps, and maps large enough to be cut into tiles of which the last is not full.
 SHAPES = [
     ((2, 3, 5, 5, 1), 5),
     ((1, 2, 6, 11, 3), 3),
@@ -145,8 +147,10 @@ CUDA_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat1
 
 
 def cuda_calls(impl, dtype, monkeypatch):
-    """{(header, code, types of the inputs, types of the outputs)} of the operators of jittor_impl for the GPU, and of their
-    gradients, on maps of `dtype`; the norms with parameters of `dtype` and of float32."""
+    """{(header, code, types of the inputs, types of the outputs)} of the operators of jittor_impl
+    for the GPU, and of their gradients, on maps of `dtype`; the norms with parameters of `dtype`
+    and of float32.
+    """
     functions, nn = impl.module("aligned.functions"), impl.module("aligned.nn")
     types, jt, calls = impl.module("aligned.launch").TYPES, impl.jt, set()
 
@@ -176,14 +180,16 @@ def cuda_calls(impl, dtype, monkeypatch):
     for out in outputs:
         jt.grad(out.float32().sum(), [x, attn, value])
     monkeypatch.undo()
-    # na2d_av and its gradients; depthwise convolution with and without bias, the latter that of the gradient too; three norms.
+    # na2d_av and its gradients; depthwise convolution with and without bias, the latter that of the
+    # gradient too; three norms.
     assert len(calls) == 3 + 4 + (6 if dtype == "float32" else 12)
     return calls
 
 
 def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
-    """Where nvcc is installed, with or without a GPU: what Jittor would compile on one, for every operator and type, compiles
-    for A100 and H100 in Jittor's C++14."""
+    """Where nvcc is installed, with or without a GPU: what Jittor would compile on one, for every
+    operator and type, compiles for A100 and H100 in Jittor's C++14.
+    """
     if impl.name != "jittor":
         pytest.skip("only jittor_impl has kernels of its own")
     nvcc = impl.module("aligned.setup.cuda_toolkit").system_nvcc()
@@ -228,8 +234,9 @@ def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
 
 
 def test_cuda_kernels_on_a_cpu(impl, tmp_path):
-    """Thread by thread, in two orders and all types, the CUDA kernels compute what the CPU kernels do: where there is no GPU
-    too, their logic is tested."""
+    """Thread by thread, in two orders and all types, the CUDA kernels compute what the CPU kernels
+    do: where there is no GPU too, their logic is tested.
+    """
     if impl.name != "jittor":
         pytest.skip("only jittor_impl has kernels of its own")
     program = tmp_path / "cuda_on_cpu"
@@ -280,7 +287,8 @@ def test_triton_kernels_compile(impl, tmp_path):
     run_triton(impl, "triton_compile.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
-# (on a GPU, pixels, types of the tensors, NATTEN: whether it has CUDA, or None, Triton is installed), who computes.
+# (on a GPU, pixels, types of the tensors, NATTEN: whether it has CUDA, or None, Triton is
+# installed), who computes.
 CHOICES = [
     ((True, 196, ["float32"], True, True), "natten"),
     ((True, 3136, ["float32"], True, True), "natten"),

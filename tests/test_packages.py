@@ -64,7 +64,9 @@ def test_the_programs_run_from_anywhere(python, project):
 
 @pytest.mark.parametrize("order", [("jittor", "torch"), ("torch", "jittor")])
 def test_both_in_one_process(order, tmp_path):
-    """Where both frameworks are installed; here, the packages of one environment behind the other's."""
+    """Where both frameworks are installed; here, the packages
+    of one environment behind the other's.
+    """
     if "JITTOR_PYTHON" not in os.environ:
         pytest.skip("JITTOR_PYTHON is not set; `make test` sets it")
     import torch

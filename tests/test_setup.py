@@ -1,4 +1,7 @@
-"""Importing the models works by itself, and aligned/start.py mends what it finds. CUDA: test_cuda_setup.py."""
+"""Importing the models works by itself, and aligned/start.py mends what it finds.
+
+CUDA: test_cuda_setup.py.
+"""
 
 import os
 import shlex
@@ -14,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code, **environment):
-    """Run code in a process that inherits nothing but what every shell has (Jittor sets variables of its own)."""
+    """Run code in a process that inherits nothing but what every
+    shell has (Jittor sets variables of its own).
+    """
     clean = {key: os.environ[key] for key in ("PATH", "HOME")}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -34,7 +39,9 @@ def test_second_import_takes_seconds():
 
 
 def test_import_in_a_thread_keeps_the_signal_handlers():
-    """Python's signal.signal works in the main thread alone, and Jittor's own handlers quit without a word."""
+    """Python's signal.signal works in the main thread alone, and
+    Jittor's own handlers quit without a word.
+    """
     code = """
 import os, signal, subprocess, threading
 caught = []
@@ -54,7 +61,9 @@ assert caught == [2, "SIGINT"], caught
 
 
 def test_jittor_is_imported_by_start_alone():
-    """An import before it would start Jittor as it is left to itself: downloads, CUDA without a GPU."""
+    """An import before it would start Jittor as it is left to
+    itself: downloads, CUDA without a GPU.
+    """
     for path in (ROOT / "jittor_impl").rglob("*.py"):
         if path.name != "start.py":
             lines = path.read_text().splitlines()
@@ -69,7 +78,8 @@ def test_operators_are_compiled_with_headers_ahead_of_them():
     header = flags[0].removeprefix("-include")
     assert Path(f"{header}.gch").is_file() and "asm_tuner" not in jt.flags.python_path
     options = [flag for flag in flags if not flag.startswith(("-l", "-L", "-shared"))]
-    # An operator of its own: other sources in the cache may be of kernels that have changed since, or of a deleted clone.
+    # An operator of its own: other sources in the cache may be of kernels that have changed since,
+    # or of a deleted clone.
     mark = f"{time.time_ns()}LL"
     jt.code((1,), "float32", [], cpu_src=f"out0_p[0] = {mark};").sync()
     source = next(

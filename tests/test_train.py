@@ -123,7 +123,8 @@ def test_kill_and_resume_gives_the_numbers_of_an_unbroken_run(
             break
     process.wait()
     assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == 1
-    # The worst moment: the last checkpoint is new, CSV and text log are not yet, and a temporary file is half written.
+    # The worst moment: the last checkpoint is new, CSV and text log are not yet, and a temporary
+    # file is half written.
     for name in ("csv", "txt"):
         path = tmp_path / f"log{impl.suffix}.{name}"
         lines = path.read_text().splitlines(True)
@@ -150,7 +151,9 @@ def test_kill_and_resume_gives_the_numbers_of_an_unbroken_run(
 
 
 def interrupt_after(command, options, line_start, group=False):
-    """Start a run, press Ctrl-C after a line of output; group: as a terminal does, to the compilers too."""
+    """Start a run, press Ctrl-C after a line of output; group: as
+    a terminal does, to the compilers too.
+    """
     process = subprocess.Popen(
         [*command, *map(str, options)],
         stdout=subprocess.PIPE,
@@ -177,7 +180,8 @@ def test_interrupt_says_how_to_resume(impl, command, dataset, finished, tmp_path
     )
     words = shlex.split(line.partition("resume with: ")[2])
     assert "--init" not in words
-    # Not the rows of log.csv: Ctrl-C may come between the checkpoint, which counts, and the log, which is made again from it.
+    # Not the rows of log.csv: Ctrl-C may come between the checkpoint, which counts, and the log,
+    # which is made again from it.
     done = read_checkpoint(tmp_path / f"last{impl.suffix}.safetensors")[2]["epoch"]
     words[words.index("--epochs") + 1] = str(done + 1)
     result = subprocess.run(
@@ -214,7 +218,8 @@ train.main()
 
 
 def test_interrupt_before_the_first_epoch_ends(impl, command, dataset, tmp_path):
-    # A larger model in small steps: an epoch of XXT ends within the half second that interrupt_after waits.
+    # A larger model in small steps: an epoch of XXT ends within the half second that
+    # interrupt_after waits.
     options = [
         *SIZES,
         "-b",

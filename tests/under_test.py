@@ -1,4 +1,7 @@
-"""Which framework is under test: OVERLOCK_TESTS=jittor or torch (tests/run.py sets it), else what is installed."""
+"""Which framework is under test:
+
+OVERLOCK_TESTS=jittor or torch (tests/run.py sets it), else what is installed.
+"""
 
 import os
 from importlib import import_module

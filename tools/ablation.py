@@ -1,9 +1,12 @@
 """Put a defect of the published Jittor port back into our Jittor model (docs/why-it-drifted.md).
 
-python tools/ablation.py DEFECT [options of train.py]    train with that defect; DEFECT: none, residual, window,
+python tools/ablation.py DEFECT [options of train.py]    train with that defect; DEFECT: none,
+    residual, window,
                                                         decay, layers, all
-python tools/ablation.py errors                          print the error that each causes in its layer
-python tools/ablation.py draw FOLDER                     draw FOLDER/DEFECT/log.csv of all of them (needs matplotlib)
+python tools/ablation.py errors                          print the error that each causes in its
+    layer
+python tools/ablation.py draw FOLDER                     draw FOLDER/DEFECT/log.csv of all of
+    them (needs matplotlib)
 """
 
 import argparse
@@ -23,7 +26,9 @@ def lose_residual():
 
 
 def rows_read(size, kernel_size):
-    """(size, K): which of `size` rows the published expression reads for each pixel and each offset."""
+    """(size, K): which of `size` rows the published expression
+    reads for each pixel and each offset.
+    """
     import numpy as np
 
     half, offset = kernel_size // 2, np.arange(kernel_size)
@@ -32,7 +37,9 @@ def rows_read(size, kernel_size):
 
 
 def read_one_pixel(attn, value, kernel_size):
-    """na2d_av with the published indices: along each axis all neighbours are one pixel, unless the window ends at the last."""
+    """na2d_av with the published indices: along each axis all neighbours
+    are one pixel, unless the window ends at the last.
+    """
     B, heads, H, W, dim = value.shape
     rows, cols = rows_read(H, kernel_size), rows_read(W, kernel_size)
     window = value[
@@ -45,7 +52,10 @@ def read_one_pixel(attn, value, kernel_size):
 
 
 def misread_the_window():
-    """C reads `a ? b : c + d` as `a ? b : (c + d)`: the offset is added only where the window was shifted from below."""
+    """C reads `a ? b : c + d` as `a ? b :
+
+    (c + d)`: the offset is added only where the window was shifted from below.
+    """
     from jittor_impl import contmix
 
     contmix.has_kernel = lambda _: False  # the formula runs, with this na2d_av in it

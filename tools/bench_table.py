@@ -1,4 +1,6 @@
-"""Print docs/performance.md's table of times from logs/reference/bench.csv: python tools/bench_table.py."""
+"""Print docs/performance.md's table of times from
+logs/reference/bench.csv: python tools/bench_table.py.
+"""
 
 import csv
 from pathlib import Path

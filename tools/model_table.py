@@ -1,8 +1,9 @@
 """Print README's model table: python tools/model_table.py, in the PyTorch environment.
 
-FLOPs are multiply-adds of one 224x224 image in evaluation mode, as the paper counts them; convolutions and matrix
-products by PyTorch's own counter, na2d_av by its definition. "Merged": after reparam(), without the auxiliary head,
-which is what inference needs and what the paper reports.
+FLOPs are multiply-adds of one 224x224 image in evaluation mode, as the paper counts them;
+convolutions and matrix products by PyTorch's own counter, na2d_av by its definition. "Merged":
+after reparam(), without the auxiliary head, which is what inference needs and what the paper
+reports.
 """
 
 import sys

@@ -1,1 +1,3 @@
-"""OverLoCK in PyTorch: models.py is the network, train.py the program. jittor_impl is the same in Jittor."""
+"""OverLoCK in PyTorch: models.py is the network, train.py the
+program. jittor_impl is the same in Jittor.
+"""

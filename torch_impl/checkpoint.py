@@ -45,7 +45,8 @@ def save_checkpoint(path, model, optimizer, run):
     arrays |= {
         f"optimizer.{key}": value for key, value in optimizer_arrays(model, optimizer).items()
     }
-    # safetensors wants contiguous arrays; ascontiguousarray makes a scalar () a vector (1,), reshape mends that.
+    # safetensors wants contiguous arrays; ascontiguousarray makes a scalar () a vector (1,),
+    # reshape mends that.
     arrays = {
         key: np.ascontiguousarray(value).reshape(value.shape) for key, value in arrays.items()
     }
@@ -53,9 +54,11 @@ def save_checkpoint(path, model, optimizer, run):
 
 
 def read_checkpoint(path):
-    """(arrays of the model, arrays of the optimizer, run) of one of our checkpoints or of an official .pth release.
+    """(arrays of the model, arrays of the optimizer, run) of one of
+    our checkpoints or of an official .pth release.
 
-    Of a .pth file, optimizer and run are empty. Raises InputError if the file is missing or is neither.
+    Of a .pth file, optimizer and run are empty. Raises InputError if the file is missing or is
+    neither.
     """
     path = Path(path)
     if not path.is_file():
@@ -102,9 +105,11 @@ def read_checkpoint(path):
 
 
 def load_model(model, arrays, path, keep_classifier=False):
-    """Load `arrays` into `model`, every key and shape as they must be; raises InputError naming what differs.
+    """Load `arrays` into `model`, every key and shape as they must
+    be; raises InputError naming what differs.
 
-    keep_classifier leaves classifiers of another number of classes as they are in `model`; returns their keys.
+    keep_classifier leaves classifiers of another number of classes as they are in `model`; returns
+    their keys.
     """
     own = model_arrays(model)
     kept = []
@@ -145,7 +150,8 @@ def load_optimizer(model, optimizer, arrays, step, path):
                 raise InputError(
                     f"{path} lacks the optimizer's {moment} of {name}; it cannot be resumed, use --init"
                 )
-            # Of the parameter's own layout in memory, so that a resumed step runs the same arithmetic.
+            # Of the parameter's own layout in memory, so that a resumed step runs the same
+            # arithmetic.
             state[moment] = torch.empty_like(parameter, requires_grad=False).copy_(
                 torch.from_numpy(value)
             )

@@ -10,10 +10,12 @@ from .ops import na2d_av
 
 @lru_cache(maxsize=16)  # a detector's maps come in many sizes, 80 MB for one of 200x320
 def relative_position_index(height, width, kernel_size):
-    """Where in a (2K-1, 2K-1) table stands the bias of each neighbour of each pixel (K = kernel_size).
+    """Where in a (2K-1, 2K-1) table stands the bias of each
+    neighbour of each pixel (K = kernel_size).
 
-    The window of a pixel is shifted at the borders, not clipped, so its first row lies between 0 and K-1 rows
-    above the pixel. Returns integers of shape (height, width, K*K), each below (2K-1)**2.
+    The window of a pixel is shifted at the borders, not clipped, so its first row lies between 0
+    and K-1 rows above the pixel. Returns integers of shape (height, width, K*K), each below
+    (2K-1)**2.
     """
 
     def offsets(size):
@@ -34,13 +36,17 @@ def position_bias(rpb, height, width):
 
 
 def contmix(query, key, proj, rpb1, rpb2, x):
-    """Convolve x by kernels made at each pixel: half of the channels by small ones (k1 x k1), half by large (k2 x k2).
+    """Convolve x by kernels made at each pixel: half of the channels by
+    small ones (k1 x k1), half by large (k2 x k2).
 
-    A pixel's kernels are a mixture, by its affinity to the S*S regions of the context prior, of learned kernels.
+    A pixel's kernels are a mixture, by its affinity to the S*S regions of the context prior, of
+    learned kernels.
 
     Args:
-        query (B, dim/2, H, W); key (B, dim/2, S, S); proj: the 1x1 convolution from S*S affinities to k1² + k2² weights;
-        rpb1 (heads, 2*k1-1, 2*k1-1), rpb2 (heads, 2*k2-1, 2*k2-1): relative position biases; x (B, dim, H, W).
+        query (B, dim/2, H, W); key (B, dim/2, S, S); proj: the 1x1 convolution from S*S
+            affinities to k1² + k2² weights;
+        rpb1 (heads, 2*k1-1, 2*k1-1), rpb2 (heads, 2*k2-1, 2*k2-1): relative position biases; x
+            (B, dim, H, W).
     Returns:
         (B, dim, H, W)
     Raises:
@@ -68,7 +74,8 @@ def contmix(query, key, proj, rpb1, rpb2, x):
     key = key.reshape(
         B, heads, query.shape[3], -1
     )  # (B, dim/2, S, S) -> (B, heads, dim/2/heads, S*S)
-    # The 1x1 convolution over the S*S affinities of a pixel is a linear map of the last axis, (k1² + k2², S*S).
+    # The 1x1 convolution over the S*S affinities of a pixel is a linear map of the last axis, (k1²
+    # + k2², S*S).
     weight = linear(query @ key, proj.weight.flatten(1), proj.bias)
     # (B, heads, H*W, k1² + k2²) -> (B, heads, H, W, k1² + k2²)
     weight = weight.reshape(B, heads, H, W, k1**2 + k2**2)

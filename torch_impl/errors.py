@@ -6,7 +6,10 @@ from .progress import say
 
 
 class InputError(Exception):
-    """Something that the user gave is wrong. The message is one line: what is wrong, and what to do."""
+    """Something that the user gave is wrong.
+
+    The message is one line: what is wrong, and what to do.
+    """
 
 
 def stop(program, status, message):

@@ -1,7 +1,8 @@
 """Reads the tensors of a .pth file (torch.save's zip format) as NumPy arrays, without PyTorch.
 
-A .pth file is a pickle, and unpickling runs what the file says. This reader builds tensors, containers and
-numbers; any other class in the file, such as the argparse.Namespace that timm saves, becomes an empty object.
+A .pth file is a pickle, and unpickling runs what the file says. This reader builds tensors,
+containers and numbers; any other class in the file, such as the argparse.Namespace that timm saves,
+becomes an empty object.
 """
 
 import io
@@ -44,7 +45,10 @@ def rebuild_tensor(storage, offset, size, stride, *_):
 
 
 def read(path):
-    """The object in the file at `path`, tensors as arrays. Raises ValueError if it is not such a file."""
+    """The object in the file at `path`, tensors as arrays.
+
+    Raises ValueError if it is not such a file.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")

@@ -13,7 +13,9 @@ COLUMNS = (
 
 
 def write_atomic(path, data):
-    """Write bytes so that `path` holds either the old or the new content, whatever happens meanwhile."""
+    """Write bytes so that `path` holds either the old or the
+    new content, whatever happens meanwhile.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -58,7 +60,8 @@ class RunFiles:
             raise InputError(f"{reason}; give another --output") from None
 
     def set_aside(self):
-        """Move an earlier run's files to previous-1/, previous-2/, ...: a new run overwrites nothing.
+        """Move an earlier run's files to previous-1/,
+        previous-2/, ...: a new run overwrites nothing.
 
         The other framework's run beside it goes to the same folder, so the pairs stay together.
         """

@@ -1,8 +1,8 @@
 """Train OverLoCK on TinyImageNet in PyTorch.
 
-`python torch_impl/train.py -b 64` is the published experiment. It writes log_torch.csv, log_torch.txt,
-last_torch.safetensors and best_torch.safetensors into --output (logs/). jittor_impl/train.py is the
-same program in Jittor: the same options, weights, batches and files.
+`python torch_impl/train.py -b 64` is the published experiment. It writes log_torch.csv,
+log_torch.txt, last_torch.safetensors and best_torch.safetensors into --output (logs/).
+jittor_impl/train.py is the same program in Jittor: the same options, weights, batches and files.
 """
 
 import argparse
@@ -189,7 +189,10 @@ def diverged(what, epoch, step):
 
 
 def train_one_epoch(model, optimizer, data, args, epoch):
-    """One pass over `data`. Returns the means over its images of the losses, as the log names them."""
+    """One pass over `data`.
+
+    Returns the means over its images of the losses, as the log names them.
+    """
     model.train()
     total_main = total_aux = seen = 0
     title = f"epoch {epoch}/{args.epochs}"
@@ -212,7 +215,8 @@ def train_one_epoch(model, optimizer, data, args, epoch):
 def evaluate(model, data, args):
     """Main head on `data`: {"val_loss": mean cross entropy, "acc_top1", "acc_top5": fractions}.
 
-    Loss and ranks in NumPy and float64: what is measured is then the same function in both frameworks.
+    Loss and ranks in NumPy and float64: what is measured is then the same function in both
+    frameworks.
     """
     model.eval()
     loss = top1 = top5 = 0
@@ -244,7 +248,9 @@ def check_resumable(run, args, path):
 
 
 def check_last_batch(train, batch_size):
-    """BatchNorm needs two values per channel: no last batch of one image with one pixel at stride 32."""
+    """BatchNorm needs two values per channel: no last batch of
+    one image with one pixel at stride 32.
+    """
     pixels = int(np.prod([-(-size // 32) for size in train.images.shape[1:3]]))
     if (len(train) - 1) % batch_size == 0 and pixels == 1:
         raise InputError(
@@ -322,7 +328,10 @@ def start(args, files, device_name):
 
 
 def fit(model, optimizer, train, val, run, args, files):
-    """The epochs that are left. After each, last.safetensors, the logs and perhaps best.safetensors."""
+    """The epochs that are left.
+
+    After each, last.safetensors, the logs and perhaps best.safetensors.
+    """
     history = run["history"]
     steps_per_epoch = -(-len(train) // args.batch_size)
     best = max((row["acc_top1"] for row in history), default=-1)

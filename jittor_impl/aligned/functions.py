@@ -1,8 +1,10 @@
-"""Functions with kernels of their own, forward and backward: what Jittor would compile as dozens of operators.
+"""Functions with kernels of their own, forward and backward: what
+Jittor would compile as dozens of operators.
 
-Fewer operators are fewer minutes of compiling at the first run and fewer passes over memory at every other. The
-classes named ...Function are those kernels with their gradients. Where a kernel is for the CPU alone, or does not take
-every shape, the function in small letters beside it chooses between the kernel and Jittor's own operators.
+Fewer operators are fewer minutes of compiling at the first run and fewer passes over memory at
+every other. The classes named ...Function are those kernels with their gradients. Where a kernel is
+for the CPU alone, or does not take every shape, the function in small letters beside it chooses
+between the kernel and Jittor's own operators.
 
 Shapes are (B, C, H, W) unless a comment says otherwise.
 """
@@ -124,14 +126,18 @@ class DepthwiseConvFunction(jt.Function):
 
 
 def fits_gpu(kernel_size, dilation):
-    """Whether the GPU's depthwise kernels take it: 256 strips of 4 taps and 48 KiB of shared memory (depthwise_cuda.h)."""
+    """Whether the GPU's depthwise kernels take it: 256 strips of 4 taps
+    and 48 KiB of shared memory (depthwise_cuda.h).
+    """
     side = 16 + 2 * dilation * (kernel_size // 2)
     shared = 4 * (side**2 + max(256, kernel_size**2))
     return kernel_size * -(-kernel_size // 4) < 256 and shared <= 48 * 1024
 
 
 def keeps_size(conv):
-    """Whether `conv` is depthwise, odd, the same along both axes, and its output as large as its input."""
+    """Whether `conv` is depthwise, odd, the same along both
+    axes, and its output as large as its input.
+    """
     (k, k2), (d, d2) = conv.kernel_size, conv.dilation
     same = (d * (k // 2),) * 2
     return (
@@ -144,9 +150,11 @@ def keeps_size(conv):
 
 
 class DenseConvFunction(jt.Function):
-    """torch's conv2d with one group: x (B, C, H, W), weight (O, C, K, L), bias (O,) or None -> (B, O, H', W').
+    """torch's conv2d with one group: x (B, C, H, W), weight (O, C,
+    K, L), bias (O,) or None -> (B, O, H', W').
 
-    Jittor's own, oneDNN's, adds its bias by further operators and takes half as long again (docs/performance.md).
+    Jittor's own, oneDNN's, adds its bias by further operators and takes half as long again
+    (docs/performance.md).
     """
 
     headers = ("lanes.h", "product.h", "inference_cpu.h", "convolution_cpu.h"), ()
@@ -201,7 +209,8 @@ def is_dense(conv):
 def convolve(x, conv, own, residual=False):
     """The convolution `conv`, a Conv2d, of x; plus x itself if `residual`.
 
-    By a kernel where there is one for its shape, the type of x and the device, else by `own`, Jittor's own operators.
+    By a kernel where there is one for its shape, the type of x and the device, else by `own`,
+    Jittor's own operators.
     """
     check_channels("Conv2d", x, conv.in_channels)
     if is_dense(conv) and has_kernel(DenseConvFunction) and not residual:
@@ -227,7 +236,10 @@ ACTIVATIONS = {
 
 
 def bias_and_norm(conv, norm, inputs):
-    """Append the bias of `conv` and the values of the BatchNorm `norm`, if there are, to `inputs`. Returns both in C++."""
+    """Append the bias of `conv` and the values of the BatchNorm `norm`, if there are, to `inputs`.
+
+    Returns both in C++.
+    """
 
     def pointer(var):
         inputs.append(var)
@@ -243,7 +255,8 @@ def bias_and_norm(conv, norm, inputs):
 def fused_convolution(x, conv, norm=None, activation=None):
     """activation(norm(conv(x))) as one kernel; a BatchNorm2d or None, one of ACTIVATIONS or None.
 
-    For inference on a CPU, and a convolution that `has_fused_kernel`: uses the running statistics, has no gradient.
+    For inference on a CPU, and a convolution that `has_fused_kernel`: uses the running statistics,
+    has no gradient.
     """
     check_channels("Conv2d", x, conv.in_channels)
     if not is_dense(conv):
@@ -271,8 +284,9 @@ def has_fused_kernel(conv):
 def merged_depthwise(x, branches, activation=None):
     """activation(sum of norm(conv(x)) over `branches`) as one convolution.
 
-    branches: pairs of a depthwise convolution that `keeps_size` and a BatchNorm2d or None, the one with the largest
-    kernel first and not dilated. For inference on a CPU: uses the running statistics, has no gradient.
+    branches: pairs of a depthwise convolution that `keeps_size` and a BatchNorm2d or None, the one
+    with the largest kernel first and not dilated. For inference on a CPU: uses the running
+    statistics, has no gradient.
     """
     check_channels("Conv2d", x, branches[0][0].in_channels)
     inputs, parts = [x], []
@@ -320,8 +334,9 @@ class SeparableFunction(jt.Function):
 def separable(x, rows, cols):
     """rows @ x @ cols.T: (B, C, H, W), (h, H), (w, W) -> (B, C, h, w).
 
-    Pooling and interpolation are linear and act on each axis by itself. As two products with small constant
-    matrices they are exact to rounding, gradients included, with no scatter in the backward pass.
+    Pooling and interpolation are linear and act on each axis by itself. As two products with small
+    constant matrices they are exact to rounding, gradients included, with no scatter in the
+    backward pass.
     """
     if has_kernel(SeparableFunction):
         return SeparableFunction.apply(x, rows, cols)
@@ -344,7 +359,10 @@ def adaptive_avg_pool2d(x, size):
 
 
 def interpolate(x, size, mode, align_corners):
-    """torch.nn.functional.interpolate, mode "bilinear" with align_corners=False: (B, C, H, W) -> (B, C, *size)."""
+    """torch.nn.functional.interpolate, mode "bilinear" with align_corners=False:
+
+    (B, C, H, W) -> (B, C, *size).
+    """
     if mode != "bilinear" or align_corners:
         raise ValueError(
             f"interpolate: only bilinear with align_corners=False, got {mode}, {align_corners}"
@@ -359,7 +377,9 @@ def constant(array):
 
 @cache
 def pooling_matrix(size, out_size):
-    """(out_size, size): output i is the mean of inputs floor(i*size/out_size) to ceil((i+1)*size/out_size) - 1."""
+    """(out_size, size): output i is the mean of inputs floor(i*size/out_size) to
+    ceil((i+1)*size/out_size) - 1.
+    """
     matrix = np.zeros((out_size, size), np.float32)
     for i in range(out_size):
         first, end = i * size // out_size, -(-(i + 1) * size // out_size)
@@ -369,7 +389,9 @@ def pooling_matrix(size, out_size):
 
 @cache
 def bilinear_matrix(size, out_size):
-    """(out_size, size): output i samples the input at (i + 0.5) * size / out_size - 0.5, not below 0."""
+    """(out_size, size): output i samples the input at (i + 0.5)
+    * size / out_size - 0.5, not below 0.
+    """
     matrix = np.zeros((out_size, size), np.float32)
     scale = np.float32(size) / np.float32(out_size)
     for i in range(out_size):
@@ -385,12 +407,16 @@ NORM_HEADERS = ("norm_cpu.h",), ("cuda_launch.h", "cuda_sum.h", "norm_cuda.h")
 
 
 def norm_chunks(x):
-    """Into how many parts the GPU cuts the sums over a channel of x: a block for every 2048 values of it."""
+    """Into how many parts the GPU cuts the sums over a channel of
+    x: a block for every 2048 values of it.
+    """
     return min(max(-(-x.shape[0] * x.shape[2] * x.shape[3] // 2048), 1), 1024)
 
 
 def norm_backward(kernel, saved, grad_y):
-    """Gradients of x, weight and bias, by a kernel of NORM_HEADERS; saved: x, weight, mean, inv_std."""
+    """Gradients of x, weight and bias, by a kernel of
+    NORM_HEADERS; saved: x, weight, mean, inv_std.
+    """
     x, weight, _, _ = saved
     B, C, H, W = x.shape
     chunks = norm_chunks(x)
@@ -408,7 +434,8 @@ def norm_backward(kernel, saved, grad_y):
 class BatchNormFunction(jt.Function):
     """BatchNorm of a batch x (B, C, H, W), variance in two passes.
 
-    Returns y and the new running mean and (unbiased) variance, all of them float32 (C,), which have no gradient.
+    Returns y and the new running mean and (unbiased) variance, all of them float32 (C,), which have
+    no gradient.
     """
 
     headers = NORM_HEADERS
@@ -443,7 +470,9 @@ class BatchNormFunction(jt.Function):
 
 
 class LayerNormFunction(jt.Function):
-    """LayerNorm of each pixel of x (B, C, H, W) over its channels, variance in two passes; weight and bias (C,)."""
+    """LayerNorm of each pixel of x (B, C, H, W) over its channels,
+    variance in two passes; weight and bias (C,).
+    """
 
     headers = NORM_HEADERS
 

@@ -1,6 +1,7 @@
 """Runs the kernels of kernels/: which device has one, which types it takes, and the C++ call of it.
 
-The kernels are C++ and CUDA files. Jittor compiles them at the first call and again when they change.
+The kernels are C++ and CUDA files. Jittor compiles them at the first call and again when they
+change.
 """
 
 from functools import cache
@@ -19,7 +20,9 @@ def on_gpu():
 
 
 def has_kernel(function, *maps):
-    """Whether `function`, a jt.Function with `headers`, has a kernel for the device and for the types of `maps`."""
+    """Whether `function`, a jt.Function with `headers`, has a kernel
+    for the device and for the types of `maps`.
+    """
     return bool(function.headers[on_gpu()]) and all(x.dtype in TYPES[on_gpu()] for x in maps)
 
 
@@ -32,29 +35,39 @@ def check_types(name, *inputs):
 
 
 def check_channels(name, x, *counts):
-    """Raise ValueError, with the shape, unless x (B, C, H, W) has as many channels as each of `counts` says."""
+    """Raise ValueError, with the shape, unless x (B, C, H, W) has
+    as many channels as each of `counts` says.
+    """
     for count in counts:
         if x.shape[1] != count:
             raise ValueError(f"{name} of {count} channels got {x.shape[1]}, shape {tuple(x.shape)}")
 
 
 def cast(x, dtype):
-    """x as `dtype`; x itself if it is. A gradient may come as float32 to an output that is not, where the two types met."""
+    """x as `dtype`; x itself if it is.
+
+    A gradient may come as float32 to an output that is not, where the two types met.
+    """
     return x if x.dtype == dtype else x.cast(dtype)
 
 
 def launch(
     kernel, headers, inputs, outputs, numbers, scratch=(), gpu_numbers=None, as_struct=False
 ):
-    """Run overlock::`kernel`(inputs, outputs, numbers), on a GPU overlock::`kernel`(inputs, outputs, scratch, numbers, gpu_numbers, stream).
+    """Run overlock::`kernel`(inputs, outputs, numbers), on a GPU overlock::`kernel`(inputs,
+    outputs, scratch, numbers, gpu_numbers, stream).
 
     Args:
-        kernel: the name of the C++ function; headers: the files of kernels/ that it needs, a pair for CPU and GPU,
+        kernel: the name of the C++ function; headers: the files of kernels/ that it needs, a
+            pair for CPU and GPU,
             () where there is no kernel.
         inputs: Vars; None is a null pointer.
-        outputs: a Var for a new one of its shape and type, or a pair (shape, type); None is a null pointer.
-        numbers: {name: int or float}, in the order of the kernel's parameters; as_struct: it takes them as one struct.
-        scratch: shapes of float32 memory that the kernel for the GPU works in; gpu_numbers: what it alone takes.
+        outputs: a Var for a new one of its shape and type, or a pair (shape, type); None is a
+            null pointer.
+        numbers: {name: int or float}, in the order of the kernel's parameters; as_struct: it
+            takes them as one struct.
+        scratch: shapes of float32 memory that the kernel for the GPU works in; gpu_numbers:
+            what it alone takes.
     Returns:
         The outputs that are not None.
     Raises:
@@ -92,7 +105,9 @@ def kinds(numbers):
 
 @cache
 def call_text(kernel, inputs, outputs, scratch, numbers, gpu_numbers, as_struct):
-    """The C++ calls for CPU and GPU; inputs and outputs say which are given, numbers are pairs (name, whether a float)."""
+    """The C++ calls for CPU and GPU; inputs and outputs say which are
+    given, numbers are pairs (name, whether a float).
+    """
 
     def pointers(given, prefix):
         place = iter(range(len(given)))
@@ -116,10 +131,12 @@ def call_text(kernel, inputs, outputs, scratch, numbers, gpu_numbers, as_struct)
 
 
 def run_code(headers, code, inputs, outputs, numbers):
-    """Run C++ `code`, like `headers` a pair for CPU and GPU; `launch` for what is not a single call.
+    """Run C++ `code`, like `headers` a pair for CPU and GPU;
+    `launch` for what is not a single call.
 
-    In the code, inputs are in0_p, in1_p, ..., outputs, pairs (shape, type), out0_p, ..., and a number is data["NAME"]. Numbers
-    are data and not text, so that another shape needs no other compilation.
+    In the code, inputs are in0_p, in1_p, ..., outputs, pairs (shape, type), out0_p, ..., and a
+    number is data["NAME"]. Numbers are data and not text, so that another shape needs no other
+    compilation.
     """
     types = TYPES[on_gpu()]
     if any(x.dtype not in types for x in inputs):

@@ -1,8 +1,9 @@
 """torch.nn's layers that Jittor 1.3.11 lacks or computes otherwise, with PyTorch's arithmetic.
 
-Jittor's BatchNorm and LayerNorm take the variance as E[x²] - E[x]², which loses digits where the mean is large
-beside the spread (2e-4 at a ratio of 20); its BatchNorm keeps the biased variance; its AdaptiveAvgPool2d cuts
-windows of equal size, which is wrong for, say, 9 -> 7. Shapes are (B, C, H, W) unless a comment says otherwise.
+Jittor's BatchNorm and LayerNorm take the variance as E[x²] - E[x]², which loses digits where the
+mean is large beside the spread (2e-4 at a ratio of 20); its BatchNorm keeps the biased variance;
+its AdaptiveAvgPool2d cuts windows of equal size, which is wrong for, say, 9 -> 7. Shapes are (B, C,
+H, W) unless a comment says otherwise.
 """
 
 from itertools import takewhile
@@ -64,17 +65,24 @@ class BatchNorm2d(nn.Module):
 
 
 def infers(module):
-    """Whether `module` may run kernels that stand for several layers and have no gradient: in evaluation mode under no_grad."""
+    """Whether `module` may run kernels that stand for several layers and have no gradient: in
+    evaluation mode under no_grad.
+    """
     return not module.training and without_gradient()
 
 
 def is_hooked(layer):
-    """Whether somebody registered a hook on `layer`, who wants its input or output: nothing is fused over it."""
+    """Whether somebody registered a hook on `layer`, who wants its
+    input or output: nothing is fused over it.
+    """
     return hasattr(layer, "__fhook__") or hasattr(layer, "__fhook2__")
 
 
 class FusedSequential(nn.Sequential):
-    """torch.nn.Sequential. In inference a convolution and the BatchNorm and the activation after it are one kernel."""
+    """torch.nn.Sequential.
+
+    In inference a convolution and the BatchNorm and the activation after it are one kernel.
+    """
 
     def execute(self, x):
         layers = list(self.layers.values())
@@ -87,7 +95,9 @@ class FusedSequential(nn.Sequential):
 
 
 def followers(layers):
-    """The BatchNorm and the activation that the kernel of layers[0] applies too; None for each that it does not."""
+    """The BatchNorm and the activation that the kernel of layers[0]
+    applies too; None for each that it does not.
+    """
     conv, *others = layers
     if type(conv) is not Conv2d or is_hooked(conv) or not has_fused_kernel(conv):
         return None, None
@@ -98,9 +108,11 @@ def followers(layers):
 
 
 def sum_of_branches(module, x, branches):
-    """The sum of norm(conv(x)) over `branches` of `module`, pairs (depthwise Conv2d, BatchNorm2d), the largest kernel first.
+    """The sum of norm(conv(x)) over `branches` of `module`, pairs (depthwise Conv2d, BatchNorm2d),
+    the largest kernel first.
 
-    In inference the branches are merged into one convolution at every call, as `reparam` does for good.
+    In inference the branches are merged into one convolution at every call, as `reparam` does for
+    good.
     """
     hooked = any(is_hooked(layer) for branch in branches for layer in branch)
     if infers(module) and not hooked and has_fused_kernel(branches[0][0]):

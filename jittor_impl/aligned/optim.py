@@ -1,4 +1,7 @@
-"""AdamW as a few CPU kernels. Jittor's own makes six operators of every parameter, XXT has 524 of them."""
+"""AdamW as a few CPU kernels.
+
+Jittor's own makes six operators of every parameter, XXT has 524 of them.
+"""
 
 from functools import cache
 from itertools import groupby
@@ -20,7 +23,9 @@ NUMBERS = (
 
 @cache
 def kernel_code(n):
-    """The kernel for n parameters; inputs are n parameters, gradients, first and second moments, outputs all but gradients."""
+    """The kernel for n parameters; inputs are n parameters, gradients, first and second moments,
+    outputs all but gradients.
+    """
     calls = "".join(
         f"overlock::adamw(in{i}_p, in{n + i}_p, in{2 * n + i}_p, in{3 * n + i}_p, out{i}_p, out{n + i}_p, "
         f"out{2 * n + i}_p, in{i}->num, a);\n"
@@ -66,7 +71,8 @@ class AdamW(jt.optim.AdamW):
             )
             states = zip(group["params"], group["grads"], group["m"], group["values"])
             states = [state for state in states if not state[0].is_stop_grad()]
-            # A kernel is compiled for its arguments' numbers of axes, so parameters with as many go together.
+            # A kernel is compiled for its arguments' numbers of axes, so parameters with as many go
+            # together.
             for _, same in groupby(sorted(states, key=count_axes), count_axes):
                 same = list(same)
                 for i in range(0, len(same), GROUP):
@@ -74,7 +80,9 @@ class AdamW(jt.optim.AdamW):
         self.post_step()
 
     def update(self, states, numbers):
-        """One kernel: states, a list of (parameter, gradient, first moment, second moment), are replaced by the new ones."""
+        """One kernel: states, a list of (parameter, gradient, first moment, second moment), are
+        replaced by the new ones.
+        """
         params, grads, m, v = ([state[k] for state in states] for k in range(4))
         old = [*params, *m, *v]
         code = kernel_code(len(states)), ""

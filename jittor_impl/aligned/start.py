@@ -1,8 +1,8 @@
 """Imports Jittor so that it starts everywhere: `from .aligned.start import jt, nn`.
 
-Left to itself, Jittor 1.3.11 downloads oneDNN from a server of its own, dies where `nvcc` is installed without a
-usable GPU or is of CUDA 13, downloads a CUDA toolkit where there is a GPU without `nvcc`, and compiles for minutes
-without a word.
+Left to itself, Jittor 1.3.11 downloads oneDNN from a server of its own, dies where `nvcc` is
+installed without a usable GPU or is of CUDA 13, downloads a CUDA toolkit where there is a GPU
+without `nvcc`, and compiles for minutes without a word.
 """
 
 import atexit
@@ -51,7 +51,8 @@ def fail(message):
 
 
 def provide_onednn(home):
-    """Put the oneDNN of this environment where Jittor, whose cache lies under `home`, looks for the one it would download.
+    """Put the oneDNN of this environment where Jittor, whose cache lies
+    under `home`, looks for the one it would download.
 
     Jittor's cache outlives an environment, so links are renewed at every start, not trusted.
     """
@@ -67,8 +68,10 @@ def provide_onednn(home):
                 "(pip install -r requirements-jittor.txt avoids that)"
             )
         return
-    # Link file by file: a whole environment's lib/ may hold a libstdc++ that Jittor must not link to.
-    for f in files:  # relative to site-packages, such as ../../libdnnl.so.2 or ../../../include/oneapi/dnnl/dnnl.h
+    # Link file by file: a whole environment's lib/ may hold a libstdc++ that Jittor must not link
+    # to.
+    # relative to site-packages, such as ../../libdnnl.so.2 or ../../../include/oneapi/dnnl/dnnl.h
+    for f in files:
         if ".so" in f.name:
             replace_link(root / "lib" / f.name, f.locate())
         elif "include" in f.parts:
@@ -76,7 +79,8 @@ def provide_onednn(home):
 
 
 def choose_cuda(home):
-    """Give Jittor a CUDA toolkit that it can use, or turn its CUDA off, with a line of notice where there is a GPU or an nvcc.
+    """Give Jittor a CUDA toolkit that it can use, or turn its CUDA off, with a line of notice where
+    there is a GPU or an nvcc.
 
     The environment variable nvcc_path decides where it is set: which nvcc, or none if it is empty.
     """
@@ -118,9 +122,11 @@ def prepare_cuda(nvcc):
 
 
 class Compilation:
-    """Jittor's progress report while it compiles itself, in place of its own, which is silenced with its log.
+    """Jittor's progress report while it compiles itself, in place
+    of its own, which is silenced with its log.
 
-    Jittor goes through its files at every import; that is shown only where they are compiled, not just checked.
+    Jittor goes through its files at every import; that is shown only where they are compiled, not
+    just checked.
     """
 
     def __init__(self, _, files):
@@ -144,8 +150,8 @@ class Compilation:
 def compile_jittor():
     """Compile Jittor in a process of its own.
 
-    Jittor builds itself while it is imported, with a pool of processes that Ctrl-C would tear apart, and may exit in
-    the middle to be started again.
+    Jittor builds itself while it is imported, with a pool of processes that Ctrl-C would tear
+    apart, and may exit in the middle to be started again.
     """
     notice("Jittor compiles itself: some minutes, the first time only")
     # This module again, by whatever name the folder around it goes in the user's project.
@@ -163,14 +169,16 @@ def compile_jittor():
 
 
 def compile_operators_faster(jittor, cache):
-    """Compile an operator for the CPU in a third of the time: its headers ahead of it, no Python around the compiler.
+    """Compile an operator for the CPU in a third of the time: its
+    headers ahead of it, no Python around the compiler.
 
     Where the headers cannot be compiled ahead, the compiler reads them as usual.
     """
     if "clang" in jittor.flags.cc_path:
         return
-    # asm_tuner.py swaps the stores of large loops for ones that bypass the cache, which no step of ours gains from.
-    # Jittor reads every file that the command names to see whether it changed, so Python is not named there.
+    # asm_tuner.py swaps the stores of large loops for ones that bypass the cache, which no step of
+    # ours gains from. Jittor reads every file that the command names to see whether it changed, so
+    # Python is not named there.
     jittor.flags.python_path = f"sh '{SETUP / 'compile_operator.sh'}'"
     os.environ["OVERLOCK_PYTHON"] = sys.executable
     flags, source = jittor.flags.cc_flags, (SETUP / "operator_headers.h").read_text()
@@ -192,10 +200,12 @@ def compile_operators_faster(jittor, cache):
 
 @contextmanager
 def signal_handlers_kept(*signals):
-    """Leave the process's handlers of `signals` as they are. Jittor's quit without a word on Ctrl-C, and when any child
-    process is killed.
+    """Leave the process's handlers of `signals` as they are.
 
-    By the C library: Python's own signal.signal works in the main thread alone, and knows nothing of Jittor's handlers.
+    Jittor's quit without a word on Ctrl-C, and when any child process is killed.
+
+    By the C library: Python's own signal.signal works in the main thread alone, and knows nothing
+    of Jittor's handlers.
     """
     libc = ctypes.CDLL(None)
     actions = {
@@ -221,7 +231,8 @@ def import_jittor():
     os.environ.setdefault(
         "FIX_TORCH_ERROR", "0"
     )  # do not load torch where it happens to be installed
-    # Jittor's core compiles faster at -O1 and runs no slower; its operators keep -Ofast, the default.
+    # Jittor's core compiles faster at -O1 and runs no slower; its operators keep -Ofast, the
+    # default.
     if "cc_flags" not in os.environ:
         os.environ["cc_flags"] = " -O1 "
         os.environ["kernel_flags"] = os.environ.get("kernel_flags", "") + " -Ofast "
@@ -254,7 +265,8 @@ def import_jittor():
     )  # a toolkit that it downloaded once would come before nvcc_path, and update itself
     choose_cuda(jittor_utils.home())
     provide_onednn(jittor_utils.home())
-    # Jittor asks a python3.x-config, which no virtual environment has, and may take another Python's headers.
+    # Jittor asks a python3.x-config, which no virtual environment has, and may take another
+    # Python's headers.
     jittor_utils._py3_include_path = f'-I"{headers}"'
     jittor_utils._py3_extension_suffix = sysconfig.get_config_var("EXT_SUFFIX")
     jittor_utils.DelayProgress = Compilation
@@ -279,7 +291,8 @@ def import_jittor():
         compile_jittor()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     compile_operators_faster(jittor, jittor_utils.cache_path)
-    # Jittor keeps a pool of compiler processes, which Ctrl-C at a terminal reaches too, and then the exit hangs.
+    # Jittor keeps a pool of compiler processes, which Ctrl-C at a terminal reaches too, and then
+    # the exit hangs.
     if jittor_utils.pool_size:
         jittor_utils.pool_cleanup()
         atexit.unregister(jittor_utils.pool_cleanup)

@@ -1,8 +1,10 @@
-"""Who computes na2d_av: NATTEN, a dense product, or Triton kernels; three implementations of one function.
+"""Who computes na2d_av:
 
-NATTEN's is what the official OverLoCK calls. Ours need nothing but PyTorch: a dense product (na2d_av_dense.py), the
-default on a CPU, where it is faster than NATTEN's, however that is built; and, for large maps on a GPU, Triton kernels
-(na2d_av_triton.py).
+NATTEN, a dense product, or Triton kernels; three implementations of one function.
+
+NATTEN's is what the official OverLoCK calls. Ours need nothing but PyTorch: a dense product
+(na2d_av_dense.py), the default on a CPU, where it is faster than NATTEN's, however that is built;
+and, for large maps on a GPU, Triton kernels (na2d_av_triton.py).
 """
 
 from functools import cache
@@ -24,13 +26,18 @@ _backend = "auto"
 
 @cache
 def natten_has_cuda():
-    """Whether NATTEN is installed and was built for GPUs. One that was not returns memory as it was, with no exception."""
+    """Whether NATTEN is installed and was built for GPUs.
+
+    One that was not returns memory as it was, with no exception.
+    """
     return natten_na2d_av is not None and natten.has_cuda()
 
 
 @cache
 def triton_kernels():
-    """The module na2d_av_triton, imported when it is first needed; None where Triton is not installed."""
+    """The module na2d_av_triton, imported when it is first
+    needed; None where Triton is not installed.
+    """
     try:
         from . import na2d_av_triton
     except ImportError:  # Windows, macOS, a PyTorch for CPUs
@@ -68,7 +75,8 @@ def choose_na2d_backend(on_gpu, pixels, dtypes):
     """Who computes `na2d_av` when the backend is "auto": "natten", "triton" or "dense".
 
     Args:
-        on_gpu: where the tensors are; pixels: of a map, H * W; dtypes: the set of the tensors' types.
+        on_gpu: where the tensors are; pixels: of a map, H * W; dtypes: the set of the tensors'
+            types.
     """
     if on_gpu and natten_has_cuda():
         return "natten"

@@ -17,8 +17,9 @@ def tiling(size, kernel_size, whole):
     """Cut an axis into tiles of equal length.
 
     A tile of `tile` pixels reads `region` consecutive values, the union of its pixels' windows.
-    Returns tile, region, the first value of each region (tiles,), and each pixel's window start within its region
-    (tiles, tile). The last tile may reach beyond the axis; its surplus pixels have zero weight.
+    Returns tile, region, the first value of each region (tiles,), and each pixel's window start
+    within its region (tiles, tile). The last tile may reach beyond the axis; its surplus pixels
+    have zero weight.
     """
     tile = size if whole else min(TILE, size)
     tiles = -(-size // tile)
@@ -31,7 +32,9 @@ def tiling(size, kernel_size, whole):
 
 @lru_cache(maxsize=16)
 def tile_indices(height, width, kernel_size, device):
-    """Everything about a map that does not depend on data: which values each tile reads, where each weight goes."""
+    """Everything about a map that does not depend on data: which
+    values each tile reads, where each weight goes.
+    """
     whole = height * width <= WHOLE_MAP
     tile_h, region_h, first_h, start_h = tiling(height, kernel_size, whole)
     tile_w, region_w, first_w, start_w = tiling(width, kernel_size, whole)
@@ -52,9 +55,11 @@ def tile_indices(height, width, kernel_size, device):
 
 
 def na2d_av_dense(attn, value, kernel_size):
-    """`na2d_av` as matrix products: a tile's weights, scattered into a (pixels, values) matrix, times its values.
+    """`na2d_av` as matrix products: a tile's weights, scattered into
+    a (pixels, values) matrix, times its values.
 
-    A small map is one tile. A large one is cut into tiles, so that time and memory grow with its pixels.
+    A small map is one tile. A large one is cut into tiles, so that time and memory grow with its
+    pixels.
     """
     B, heads, H, W, dim = value.shape
     (tile_h, tile_w, region_h, region_w), read_h, read_w, column = tile_indices(
@@ -63,7 +68,8 @@ def na2d_av_dense(attn, value, kernel_size):
     tiles_h, tiles_w = -(-H // tile_h), -(-W // tile_w)
 
     if tiles_h * tiles_w > 1:
-        # Pixels beyond the map get zero weights: (B, heads, tiles_h * tile_h, tiles_w * tile_w, K*K).
+        # Pixels beyond the map get zero weights: (B, heads, tiles_h * tile_h, tiles_w * tile_w,
+        # K*K).
         attn = torch.nn.functional.pad(
             attn, (0, 0, 0, tiles_w * tile_w - W, 0, tiles_h * tile_h - H)
         )

@@ -1,11 +1,14 @@
-"""na2d_av on a GPU as Triton kernels, forward and both gradients; formula and index arithmetic as in ops.py.
+"""na2d_av on a GPU as Triton kernels, forward and both gradients;
+formula and index arithmetic as in ops.py.
 
-attn is (N, H, W, K*K), value, out and their gradients (N, H, W, dim), contiguous, N = B * heads. Numbers are read and
-written in the type of their tensor and summed in float32. Nothing is added atomically: the gradient of value gathers
-from the queries whose window contains a pixel, so that a run can be repeated bit by bit.
+attn is (N, H, W, K*K), value, out and their gradients (N, H, W, dim), contiguous, N = B * heads.
+Numbers are read and written in the type of their tensor and summed in float32. Nothing is added
+atomically: the gradient of value gathers from the queries whose window contains a pixel, so that a
+run can be repeated bit by bit.
 
-An offset into a whole tensor has 64 bits (n is int64); the pixels of one map, and the numbers of one row, fit in 32.
-tests/triton_run.py interprets the kernels on a CPU and tests/triton_compile.py compiles them; no GPU has run them yet.
+An offset into a whole tensor has 64 bits (n is int64); the pixels of one map, and the numbers of
+one row, fit in 32. tests/triton_run.py interprets the kernels on a CPU and tests/triton_compile.py
+compiles them; no GPU has run them yet.
 """
 
 import os
@@ -16,7 +19,8 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 DTYPES = {torch.float32, torch.float16, torch.bfloat16}
-# Triton's interpreter runs the kernels on CPU tensors; the variable must be set before Triton is imported.
+# Triton's interpreter runs the kernels on CPU tensors; the variable must be set before Triton is
+# imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # How many numbers a program sums at once: 8 registers for each of its 128 threads.
 TILE = 1024
@@ -24,13 +28,16 @@ TILE = 1024
 
 @triton.jit
 def window_start(i, size, K: tl.constexpr):
-    """The first pixel of the window of pixel i, along an axis of `size` pixels: shifted at the borders, not clipped."""
+    """The first pixel of the window of pixel i, along an axis of `size`
+    pixels: shifted at the borders, not clipped.
+    """
     start = i - K // 2
     start = tl.where(start > size - K, size - K, start)
     return tl.where(start < 0, 0, start)
 
 
-# The pixels whose window contains pixel p are consecutive, because window_start never decreases: first to last.
+# The pixels whose window contains pixel p are consecutive, because window_start never decreases:
+# first to last.
 @triton.jit
 def first_query(p, K: tl.constexpr):
     return tl.where(p < K, 0, p - K + 1 + K // 2)
@@ -54,7 +61,9 @@ def forward_kernel(
     PIXELS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """A program computes out at PIXELS consecutive pixels of a map, `tiles` programs a map; DIM >= dim, a power of two."""
+    """A program computes out at PIXELS consecutive pixels of a map,
+    `tiles` programs a map; DIM >= dim, a power of two.
+    """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)
     d = tl.expand_dims(tl.arange(0, DIM), 0)
@@ -87,7 +96,9 @@ def grad_attn_kernel(
     WEIGHTS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """A program computes WEIGHTS consecutive numbers of a map's (H, W, K*K) gradient, `tiles` programs a map."""
+    """A program computes WEIGHTS consecutive numbers of a map's (H,
+    W, K*K) gradient, `tiles` programs a map.
+    """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     # One 64-bit division for the program; what is left for each number fits in 32 bits.
     first = (tl.program_id(0) % tiles).to(tl.int64) * WEIGHTS
@@ -151,7 +162,9 @@ def grad_value_kernel(
 
 
 class NA2dAV(torch.autograd.Function):
-    """na2d_av of contiguous tensors: attn (B, heads, H, W, K*K), value (B, heads, H, W, dim) -> like value, of `dtype`."""
+    """na2d_av of contiguous tensors: attn (B, heads, H, W, K*K), value
+    (B, heads, H, W, dim) -> like value, of `dtype`.
+    """
 
     @staticmethod
     def forward(ctx, attn, value, K, dtype):
@@ -197,10 +210,12 @@ class NA2dAV(torch.autograd.Function):
 
 
 def na2d_av_triton(attn, value, kernel_size):
-    """`na2d_av` of CUDA tensors of float32, float16 or bfloat16, of any strides, with sums in float32.
+    """`na2d_av` of CUDA tensors of float32, float16 or bfloat16,
+    of any strides, with sums in float32.
 
-    The result has the type that `attn @ value` has: without autocast that of both, which must be the same; under
-    autocast autocast's, whatever the two are: the kernels read them as they are. A gradient has the type of its tensor.
+    The result has the type that `attn @ value` has: without autocast that of both, which must be
+    the same; under autocast autocast's, whatever the two are: the kernels read them as they are. A
+    gradient has the type of its tensor.
 
     Raises:
         ValueError: if a tensor is not on a GPU (unless Triton interprets) or has another type.

@@ -1,4 +1,5 @@
-"""What the set-up does with files: those of installed packages, and links and texts that it replaces in one step.
+"""What the set-up does with files: those of installed packages, and
+links and texts that it replaces in one step.
 
 In one step, so that a process that starts meanwhile never sees one missing or half written.
 """
@@ -31,7 +32,9 @@ def replace_link(link, target):
 
 
 def replace_text(path, text, mode):
-    """Write `text` to the file `path`, whose folder is made if need be; `mode` as os.chmod takes it."""
+    """Write `text` to the file `path`, whose folder is made if
+    need be; `mode` as os.chmod takes it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")

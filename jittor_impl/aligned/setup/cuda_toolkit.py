@@ -1,4 +1,6 @@
-"""Finds the CUDA toolkit that Jittor compiles with: a system-wide one, or NVIDIA's packages from PyPI (requirements-cuda.txt)."""
+"""Finds the CUDA toolkit that Jittor compiles with: a system-wide one, or NVIDIA's packages from
+PyPI (requirements-cuda.txt).
+"""
 
 import ctypes
 import re
@@ -82,15 +84,19 @@ def system_nvcc():
 
 
 def packaged_nvcc(home):
-    """The nvcc of a toolkit put together from NVIDIA's packages in this environment, None where they are not complete.
+    """The nvcc of a toolkit put together from NVIDIA's packages in this
+    environment, None where they are not complete.
 
-    Jittor expects bin/, include/ and lib64/ side by side and libraries without a version in their names, none of which
-    the packages have. Like oneDNN's, the links are renewed at every start, not trusted.
+    Jittor expects bin/, include/ and lib64/ side by side and libraries without a version in their
+    names, none of which the packages have. Like oneDNN's, the links are renewed at every start, not
+    trusted.
     """
     root, links, nvcc = Path(home) / ".cache" / "jittor" / "overlock_cuda", {}, None
     for f in (
         package_files(PACKAGES) or ()
-    ):  # relative to site-packages, such as nvidia/cu13/include/crt/host_defines.h, nvidia/cudnn/lib/libcudnn.so.9
+        # relative to site-packages, such as nvidia/cu13/include/crt/host_defines.h,
+        # nvidia/cudnn/lib/libcudnn.so.9
+    ):
         if "include" in f.parts:
             # What stands directly in include/ is linked, include/crt and not each file in it.
             below = len(f.parts) - f.parts.index("include") - 2
@@ -123,7 +129,9 @@ def library_folder(nvcc):
 
 
 def load_libraries(nvcc):
-    """Load the toolkit's libraries, so that Jittor's own, which are linked to them by name, find them in no search path."""
+    """Load the toolkit's libraries, so that Jittor's own, which are
+    linked to them by name, find them in no search path.
+    """
     for name in LIBRARIES:
         library = library_folder(nvcc) / f"lib{name}.so"
         if library.exists():
@@ -160,7 +168,10 @@ def cudnn_version(nvcc):
 
 
 def problem(nvcc):
-    """Why Jittor cannot work with this nvcc on this machine's GPUs; None if it can. Without a GPU, only whether it can compile."""
+    """Why Jittor cannot work with this nvcc on this machine's GPUs; None if it can.
+
+    Without a GPU, only whether it can compile.
+    """
     if not shutil.which(nvcc):
         return f"there is no compiler {nvcc}"
     version = toolkit_version(nvcc)

@@ -1,8 +1,11 @@
-"""Makes the installed Jittor 1.3.11 build with CUDA 13 and cuDNN 9: `python jittor_impl/aligned/setup/patch_jittor.py`.
+"""Makes the installed Jittor 1.3.11 build with CUDA 13 and cuDNN 9:
 
-jittor_cuda13.patch says what it changes in the installed package: each hunk is for a name or a library that CUDA 13 or
-cuDNN 9 dropped, and is written for CUDA 11 and 12 and cuDNN 8 as well. `--revert` takes the changes back, `--check` only
-tells. Doing a thing twice does no harm; another version of Jittor is refused. The set-up calls it where the toolkit needs it.
+`python jittor_impl/aligned/setup/patch_jittor.py`.
+
+jittor_cuda13.patch says what it changes in the installed package: each hunk is for a name or a
+library that CUDA 13 or cuDNN 9 dropped, and is written for CUDA 11 and 12 and cuDNN 8 as well.
+`--revert` takes the changes back, `--check` only tells. Doing a thing twice does no harm; another
+version of Jittor is refused. The set-up calls it where the toolkit needs it.
 """
 
 import argparse
@@ -29,7 +32,10 @@ class PatchError(Exception):
 
 
 def package_root():
-    """The folder that holds the installed package `jittor`. Raises PatchError if there is none, or of another version."""
+    """The folder that holds the installed package `jittor`.
+
+    Raises PatchError if there is none, or of another version.
+    """
     try:
         distribution = metadata.distribution("jittor")
     except metadata.PackageNotFoundError:
@@ -64,7 +70,8 @@ def read_patch(text):
 def changed_files(root, revert=False):
     """{path: its new text} of the files that the patch, or with `revert` its reverse, would change.
 
-    Raises PatchError if a place that it is about looks neither as before nor as after: somebody else changed it.
+    Raises PatchError if a place that it is about looks neither as before nor as after: somebody
+    else changed it.
     """
     new = {}
     for name, hunks in read_patch(PATCH.read_text(encoding="utf-8")).items():
@@ -87,7 +94,9 @@ def changed_files(root, revert=False):
 
 
 def apply(revert=False):
-    """Change the installed package, or change it back. Returns the paths of the files that were not yet so.
+    """Change the installed package, or change it back.
+
+    Returns the paths of the files that were not yet so.
 
     Raises PatchError, before anything is written, if it cannot be done.
     """
