@@ -1,17 +1,22 @@
 # make demo   train both frameworks on a small set and draw the figure
 # make align  show layer by layer and step by step that both compute the same
 # make bench  time both frameworks, and the official operator, side by side
-# make test   run every test; make test-current runs those of torch_impl on a current PyTorch
-# make compile-cuda   compile all of the Jittor side for CUDA 13, on a machine with no GPU (some 15 minutes)
+# make test   run every test, and make lint; make test-versions runs them on other versions:
+#             those of torch_impl on a current PyTorch, those of jittor_impl on another Python
+# make compile-cuda   compile all of the Jittor side for CUDA 13, on a machine with no GPU (15 minutes)
 # Each environment is made when it is first needed, and again when its requirements change.
 
 PYTHON ?= python3
+OTHER_PYTHON ?= python3.12
 JITTOR := .venv-jittor/bin/python
 TORCH := .venv-torch/bin/python
+NATTEN := natten==0.17.3
 REAL := data/tiny-imagenet-200
 DEMO_LOGS := logs/demo
+# Jittor compiles itself while PyTorch is downloaded.
+MAKEFLAGS += -j2
 
-.PHONY: demo align bench test test-current compile-cuda environments python-version clean
+.PHONY: demo align bench lint test test-versions compile-cuda environments python-version clean
 
 environments: .venv-jittor/ready .venv-torch/ready
 
@@ -23,17 +28,13 @@ python-version:
 	@echo "Making .venv-jittor; then Jittor compiles itself (some minutes)"
 	$(PYTHON) -m venv --clear .venv-jittor
 	$(JITTOR) -m pip install --quiet -r requirements-jittor.txt
-	cd jittor_impl && ../$(JITTOR) -c "import models"
+	$(JITTOR) -c "import jittor_impl.models"
 	touch $@
 
-# NATTEN is optional: without a compiler for it, torch_impl computes na2d_av by itself.
-.venv-torch/ready: requirements-torch.txt requirements-natten.txt | python-version
-	@echo "Making .venv-torch (5 GB); then NATTEN is built (some minutes)"
+.venv-torch/ready: requirements-torch.txt | python-version
+	@echo "Making .venv-torch (5 GB)"
 	$(PYTHON) -m venv --clear .venv-torch
 	$(TORCH) -m pip install --quiet -r requirements-torch.txt
-	$(TORCH) -m pip install --quiet "setuptools<70" wheel cmake ninja
-	PATH="$(CURDIR)/.venv-torch/bin:$$PATH" $(TORCH) -m pip install --quiet --no-build-isolation -r requirements-natten.txt \
-		|| echo "NATTEN did not build; torch_impl uses its own na2d_av"
 	touch $@
 
 # Three short epochs in each framework: on the real data where it lies, else on a drawn sample.
@@ -51,18 +52,6 @@ demo: environments
 	$(TORCH) torch_impl/train.py $$options --epochs 3 --output $(DEMO_LOGS) && \
 	$(TORCH) plot.py --logs $(DEMO_LOGS)
 
-# The official operator at its best, beside what pip makes of it: NATTEN leaves its CPU code without optimisation and threads.
-.natten-o3/ready: requirements-natten.txt | .venv-torch/ready
-	@echo "Building NATTEN once more, with optimisation (some minutes)"
-	rm -rf .natten-o3
-	CXXFLAGS="-O3 -march=native -fopenmp" NATTEN_N_WORKERS=$$(nproc) PATH="$(CURDIR)/.venv-torch/bin:$$PATH" $(TORCH) -m pip install \
-		--quiet --no-cache-dir --no-deps --no-build-isolation --target .natten-o3 -r requirements-natten.txt \
-		|| echo "NATTEN did not build; make bench leaves it out"
-	mkdir -p .natten-o3 && touch $@
-
-bench: environments .natten-o3/ready
-	$(TORCH) bench.py --jittor-python $(JITTOR) --torch-python $(TORCH) --cold
-
 align: environments
 	@if [ -d $(REAL) ]; then options=""; else \
 		[ -d data/sample ] || $(TORCH) data/prepare.py --sample || exit 1; \
@@ -71,16 +60,61 @@ align: environments
 	fi; \
 	$(TORCH) align.py --jittor-python $(JITTOR) --torch-python $(TORCH) $$options
 
-test: environments
-	$(TORCH) tests/run.py $(JITTOR) $(TORCH)
+# NATTEN is the official operator, which ours is compared with; nothing needs it. It has no wheels on
+# PyPI and builds against the installed torch.
+NATTEN_BUILD = PATH="$(CURDIR)/.venv-torch/bin:$$PATH" NATTEN_N_WORKERS=$$(nproc) \
+	$(TORCH) -m pip install --quiet --no-build-isolation
 
-.venv-current/ready: requirements-torch-current.txt | python-version
-	$(PYTHON) -m venv --clear .venv-current
-	.venv-current/bin/python -m pip install --quiet -r requirements-torch-current.txt
+.venv-torch/natten: .venv-torch/ready | .venv-torch/test
+	@echo "Building NATTEN (some minutes)"
+	$(TORCH) -m pip install --quiet "setuptools<70" wheel cmake ninja
+	$(NATTEN_BUILD) $(NATTEN) || echo "NATTEN did not build; its tests and its times are left out"
 	touch $@
 
-test-current: .venv-current/ready
+# The same at its best: pip builds NATTEN's code for a CPU without optimisation and threads.
+.natten-o3/ready: | .venv-torch/natten
+	@echo "Building NATTEN once more, with optimisation (some minutes)"
+	rm -rf .natten-o3
+	CXXFLAGS="-O3 -march=native -fopenmp" $(NATTEN_BUILD) --no-cache-dir --no-deps --target .natten-o3 $(NATTEN) \
+		|| echo "NATTEN did not build; make bench leaves it out"
+	mkdir -p .natten-o3 && touch $@
+
+bench: environments .venv-torch/natten .natten-o3/ready
+	$(TORCH) bench.py --jittor-python $(JITTOR) --torch-python $(TORCH) --cold
+
+.venv-jittor/test: .venv-jittor/ready
+	$(JITTOR) -m pip install --quiet pytest
+	touch $@
+
+# Together with torch's own pin, so that torchvision is the one that fits.
+.venv-torch/test: requirements-test.txt .venv-torch/ready
+	$(TORCH) -m pip install --quiet -r requirements-torch.txt -r requirements-test.txt
+	touch $@
+
+lint: .venv-torch/test
+	$(TORCH) -m ruff check .
+	$(TORCH) -m ruff format --check .
+
+test: lint .venv-jittor/test .venv-torch/test .venv-torch/natten
+	$(TORCH) tests/run.py $(JITTOR) $(TORCH)
+
+.venv-current/ready: requirements-torch.txt requirements-test.txt | python-version
+	@echo "Making .venv-current: a current PyTorch (6 GB)"
+	$(PYTHON) -m venv --clear .venv-current
+	sed '/^torch==/d; /^numpy</d' requirements-torch.txt > .venv-current/requirements.txt
+	.venv-current/bin/python -m pip install --quiet "torch>=2.14" -r .venv-current/requirements.txt -r requirements-test.txt
+	touch $@
+
+.venv-jittor-other/ready: requirements-jittor.txt
+	@echo "Making .venv-jittor-other with $(OTHER_PYTHON); then Jittor compiles itself (some minutes)"
+	$(OTHER_PYTHON) -m venv --clear .venv-jittor-other
+	.venv-jittor-other/bin/python -m pip install --quiet -r requirements-jittor.txt pytest
+	.venv-jittor-other/bin/python -c "import jittor_impl.models"
+	touch $@
+
+test-versions: .venv-current/ready .venv-jittor-other/ready
 	OVERLOCK_TESTS=torch .venv-current/bin/python -m pytest -q -rs tests
+	OVERLOCK_TESTS=jittor .venv-jittor-other/bin/python -m pytest -q -rs tests
 
 .venv-cuda/ready: requirements-jittor.txt requirements-cuda.txt | python-version
 	@echo "Making .venv-cuda (3 GB)"
@@ -92,4 +126,4 @@ compile-cuda: .venv-cuda/ready
 	.venv-cuda/bin/python tests/compile_for_cuda.py
 
 clean:
-	rm -rf .venv-jittor .venv-torch .venv-current .venv-cuda .natten-o3 $(DEMO_LOGS) data/sample
+	rm -rf .venv-jittor .venv-torch .venv-jittor-other .venv-current .venv-cuda .natten-o3 $(DEMO_LOGS) data/sample
