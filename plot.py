@@ -5,7 +5,7 @@
 
 Four panels: auxiliary loss, main loss, top-1 and top-5 accuracy; training is solid with round
 markers, validation dashed with square ones. A log is drawn as far as it goes: while its run goes
-on, beside a longer one, or alone. A thin third line, where the folder has log_torch_moved.csv, is
+on, beside a longer one, or alone. A thin third line, where the folder has log_torch_perturbed.csv, is
 PyTorch from initial weights moved by one unit in the last place: what chance does.
 
 The main loss of training is the column train_loss_main. For a log without it (the published ones)
@@ -20,8 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-OPTIONAL = "PyTorch, moved"
-LOGS = {"Jittor": "log.csv", "PyTorch": "log_torch.csv", OPTIONAL: "log_torch_moved.csv"}
+OPTIONAL = "PyTorch, perturbed"
+LOGS = {"Jittor": "log.csv", "PyTorch": "log_torch.csv", OPTIONAL: "log_torch_perturbed.csv"}
 COLUMNS = ["train_loss", "train_loss_aux", "epoch_time", "val_loss", "acc_top1", "acc_top5"]
 
 # train_loss is main + 0.4 * aux. The published logs don't say so, but their numbers do: as the main

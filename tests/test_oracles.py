@@ -7,6 +7,7 @@ from under_test import module
 
 transforms = pytest.importorskip("torchvision.transforms.functional")
 timm = pytest.importorskip("timm.layers")
+timm_grn = pytest.importorskip("timm.layers.grn")
 dataset, layers = module("dataset"), module("layers")
 EPS = float(np.finfo(np.float32).eps)
 
@@ -78,7 +79,7 @@ def test_layer_norm_2d_is_timms():
 
 def test_grn_is_timms():
     x, ours = normal(2, 24, 5, 7), layers.GRN(24)
-    theirs = timm.GlobalResponseNorm(24, channels_last=False)
+    theirs = timm_grn.GlobalResponseNorm(24, channels_last=False)
     ours.gamma.data, ours.beta.data = normal(1, 24, 1, 1, seed=1), normal(1, 24, 1, 1, seed=2)
     theirs.weight.data, theirs.bias.data = ours.gamma.data.flatten(), ours.beta.data.flatten()
     # Norms of 35 pixels, their mean over 24 channels.

@@ -104,20 +104,20 @@ def test_panels_hold_the_columns(tmp_path):
         assert all(list(line.get_xdata()) == [1, 2, 3] for line in axes.lines)
 
 
-def test_a_moved_run_is_a_thin_third_line(tmp_path):
+def test_a_perturbed_run_is_a_thin_third_line(tmp_path):
     write_logs(tmp_path, JITTOR, TORCH)
-    (tmp_path / "log_torch_moved.csv").write_text(TORCH)
+    (tmp_path / "log_torch_perturbed.csv").write_text(TORCH)
     figure = figure_of(tmp_path)
     for axes in figure.axes:
-        jittor, _, moved = axes.lines[:: len(axes.lines) // 3]
+        jittor, _, perturbed = axes.lines[:: len(axes.lines) // 3]
         assert (
-            moved.get_label().startswith("PyTorch, moved, ")
-            and moved.get_linewidth() < jittor.get_linewidth()
+            perturbed.get_label().startswith("PyTorch, perturbed, ")
+            and perturbed.get_linewidth() < jittor.get_linewidth()
         )
-    assert "moved" not in figure.get_suptitle()
-    (tmp_path / "log_torch_moved.csv").unlink()  # and without it nothing is amiss
+    assert "perturbed" not in figure.get_suptitle()
+    (tmp_path / "log_torch_perturbed.csv").unlink()  # and without it nothing is amiss
     logs, notes = plot.read_logs(tmp_path)
-    assert list(logs) == ["Jittor", "PyTorch"] and not any("moved" in note for note in notes)
+    assert list(logs) == ["Jittor", "PyTorch"] and not any("perturbed" in note for note in notes)
 
 
 def test_training_is_solid_and_validation_dashed(tmp_path):
