@@ -3,8 +3,8 @@
 The checks, in this order: weights, batches, forward (every module's output), loss, gradients, step
 (one AdamW step), adamw (that step against the formula) and steps (the losses of --steps steps).
 Prints a table, writes logs/alignment.csv and logs/alignment.png. Exits with status 1 if a limit is
-passed, and names the first module that departs. What each check compares, and where its limit comes
-from: docs/alignment.md.
+passed, and names the first module that departs. docs/alignment.md says what each check compares,
+and where its limit comes from.
 """
 
 import argparse
@@ -21,16 +21,14 @@ from tools.frameworks import ROOT, Jittor, Torch
 
 CHECKS = ("weights", "batches", "forward", "loss", "gradients", "step", "adamw", "steps")
 EPS = float(np.finfo(np.float32).eps)
-# How many times the error of PyTorch in float32 Jittor may have: in one array, where chance is
-# large,
+# How many times PyTorch's error in float32 Jittor may have: in one array, where chance is large,
 ARRAY_LIMIT = 10
 # in the mean over the arrays of a check, where it averages out,
 CHECK_LIMIT = 3
 # and in the loss of a step, beside PyTorch from perturbed weights; both averaged over WINDOW steps,
 STEP_LIMIT = 3
 WINDOW = 10
-# the largest of so many perturbed runs: of two single ones, one may be 16 times as far away as the
-# other.
+# the largest of so many perturbed runs: one of two may be 16 times as far away as the other.
 PERTURBED_RUNS = 5
 STATISTICS = ("running_mean", "running_var")
 
@@ -47,12 +45,8 @@ def make_parser():
         add(f"--{name}-python", default=python, help=f"Python of {framework}'s environment")
     data_dir = ROOT / "data" / "tiny-imagenet-200"
     add("--model", default="overlock_xxt", help="variant")
-    add(
-        "--img-size",
-        type=int,
-        default=64,
-        help="images of another size are repeated or thinned out",
-    )
+    size = "images of another size are repeated or thinned out"
+    add("--img-size", type=int, default=64, help=size)
     add("-b", "--batch-size", type=int, default=16, help="images a step")
     add("--steps", type=int, default=100, help="training steps of the last check")
     add("--seed", type=int, default=0, help="of initial weights and batches")
@@ -60,24 +54,19 @@ def make_parser():
     add("--num-classes", type=int, default=20, help="use the first classes in sorted order")
     add("--train-per-class", type=int, default=50, help="training images of each class")
     add("--output", type=Path, default=ROOT / "logs", help="for alignment.csv and alignment.png")
-    add(
-        "--plant-fault",
-        metavar="MODULE",
-        help="lose the residual of this ResDWConv in Jittor, to see it found",
+    fault = "lose the residual of this ResDWConv in Jittor, to see it found"
+    add("--plant-fault", metavar="MODULE", help=fault)
+    perturbed = (
+        "only write the initial weights, each changed by one unit in the last place, "
+        "for torch_impl/train.py --init"
     )
-    add(
-        "--write-perturbed",
-        type=Path,
-        metavar="FILE",
-        help="only write the initial weights, each changed by one unit in the last place, "
-        "for torch_impl/train.py --init",
-    )
+    add("--write-perturbed", type=Path, metavar="FILE", help=perturbed)
     add("--worker", nargs=3, metavar=("FRAMEWORK", "TASK", "FILE"), help=argparse.SUPPRESS)
     return parser
 
 
 def training_args(f, args):
-    """The arguments of train.py for this run: its defaults but for what align.py has options for."""
+    """train.py's arguments for this run: its defaults but for what align.py has options for."""
     defaults = f.module("train").make_parser().parse_args(["--device", "cpu"])
     given = dict(model=args.model, num_classes=args.num_classes, seed=args.seed)
     return argparse.Namespace(**{**vars(defaults), **given})
@@ -96,9 +85,7 @@ def build(f, args):
 
 
 def build_perturbed(f, args, run):
-    """PyTorch's model, every weight changed by one unit in the
-    last place; `run` says in which directions.
-    """
+    """PyTorch's model, every weight one unit in the last place up or down, as `run` says."""
     model = build(f, args)
     generator = np.random.default_rng([args.seed, run])
     for parameter in model.parameters():
@@ -110,9 +97,7 @@ def build_perturbed(f, args, run):
 
 
 def resized(images, side):
-    """(n, 3, H, W) -> (n, 3, side, side), each pixel a copy of
-    the nearest one: the same bits everywhere.
-    """
+    """(n, 3, H, W) -> (n, 3, side, side), copies of nearest pixels: the same bits everywhere."""
     rows, cols = (np.arange(side) * size // side for size in images.shape[2:])
     return np.ascontiguousarray(images[:, :, rows][:, :, :, cols])
 
@@ -124,8 +109,9 @@ def load_data(f, args):
 
 
 def batches(f, args, train):
-    """Training batches of one epoch after another, images (n, 3,
-    side, side) and labels (n,), and no short ones.
+    """Training batches of one epoch after another, and no short ones.
+
+    Yields images (n, 3, side, side) and labels (n,).
     """
     epoch = 0
     while True:
@@ -136,7 +122,7 @@ def batches(f, args, train):
 
 
 def first_step(f, args):
-    """What all checks but the last compare: {"check/name": array}, modules in order of execution."""
+    """What all checks but the last compare: {"check/name": array}, modules in execution order."""
     train, checkpoint = f.module("train"), f.module("checkpoint")
     arrays, model = {}, build(f, args)
     weights = checkpoint.model_arrays(model)
@@ -268,9 +254,7 @@ def fail(message):
 
 
 def relative_errors(actual, reference, floor):
-    """(maximum, mean) of |actual - reference|, relative to those
-    of |reference|, or to `floor` if larger.
-    """
+    """(maximum, mean) of |actual - reference| relative to |reference|'s, or `floor` if larger."""
     difference, size = np.abs(actual.astype(np.float64) - reference), np.abs(reference)
     return difference.max() / max(size.max(), floor), difference.mean() / max(size.mean(), floor)
 
@@ -284,8 +268,9 @@ def compare_bits(check, jittor, torch):
 
 
 def determined(torch, reference):
-    """{name: which elements of a gradient have a sign that float32
-    can tell}: ten times its error or more.
+    """{name: which elements of a gradient have a sign that float32 can tell}.
+
+    They are more than ten times as large as its largest error.
     """
     return {
         name: np.abs(array) > 10 * np.abs(torch[name] - array).max()
@@ -294,8 +279,9 @@ def determined(torch, reference):
 
 
 def adamw(arrays):
-    """{name: parameter after a first step of AdamW from the
-    weights and gradients in `arrays`}, in float64.
+    """{name: parameter after AdamW's first step from the weights and gradients in `arrays`}.
+
+    Computed in float64.
     """
     options, weights = of_check(arrays, "options"), of_check(arrays, "weights")
     lr, eps, decay = (float(options[name]) for name in ("lr", "eps", "weight_decay"))
@@ -308,11 +294,11 @@ def adamw(arrays):
 
 
 def compare_arrays(check, jittor, torch, reference, torch_reference, keep):
-    """Rows of a check within rounding, of the elements to keep:
-    {name: mask}, everything where there is none.
+    """Rows of a check within rounding.
 
-    PyTorch's error is that against `torch_reference`. What Jittor's inference fuses into one kernel
-    has no counterpart and is left out.
+    keep: {name: mask of the elements to compare}, all of them where there is none. PyTorch's error
+    is that against `torch_reference`. What Jittor's inference fuses into one kernel has no
+    counterpart and is left out.
     """
     fused = {name for name in reference if name.startswith("inference ")}
     for name in reference:
@@ -329,12 +315,10 @@ def compare_arrays(check, jittor, torch, reference, torch_reference, keep):
         kept = keep.get(name, np.ones(reference[name].shape, bool))
         if not kept.any():
             continue
-        largest, mean = relative_errors(jittor[name][kept], reference[name][kept], floor)
-        torch_largest, torch_mean = relative_errors(
-            torch[name][kept], torch_reference[name][kept], floor
-        )
-        # No limit is below half a unit in the last place: a float32 array cannot be nearer on the
-        # whole.
+        exact, torch_exact = reference[name][kept], torch_reference[name][kept]
+        largest, mean = relative_errors(jittor[name][kept], exact, floor)
+        torch_largest, torch_mean = relative_errors(torch[name][kept], torch_exact, floor)
+        # No limit is below half a unit in the last place: float32 cannot be nearer on the whole.
         limit = ARRAY_LIMIT * max(torch_mean, EPS / 2)
         if check == "step" and not name.endswith(STATISTICS):
             limit = np.inf
@@ -351,9 +335,7 @@ def compare_arrays(check, jittor, torch, reference, torch_reference, keep):
 
 
 def smoothed(gaps):
-    """Means over windows of ten steps, (runs, steps) -> (runs,
-    windows); a shorter run is one window.
-    """
+    """Means over windows of ten steps, (runs, steps) -> (runs, windows), one for a shorter run."""
     width = min(WINDOW, gaps.shape[1])
     return np.lib.stride_tricks.sliding_window_view(gaps, width, axis=1).mean(2)
 
@@ -395,9 +377,8 @@ def summary(check, rows):
         nearest = max(measured, key=lambda row: row["mean_error"] / row["limit"])
         means = [[row[key] for row in measured] for key in ("mean_error", "torch_mean_error")]
         mean, torch_mean = map(np.mean, means)
-        largest, torch_largest = (
-            max(row[key] for row in measured) for key in ("max_error", "torch_max_error")
-        )
+        maxima = [[row[key] for row in measured] for key in ("max_error", "torch_max_error")]
+        largest, torch_largest = map(max, maxima)
         text = (
             f"{len(rows):4} | max {largest:.1e}  mean {mean:.1e} | allowed error from: "
             f"max {torch_largest:.1e}  mean {torch_mean:.1e} | nearest to its limit: "
@@ -421,9 +402,8 @@ def draw(rows, path):
     forward = [row for row in measured if row["name"].startswith("training")]
     steps = [row for row in rows if row["check"] == "steps"]
     numbers = [int(row["name"].split()[1]) for row in steps]
-    perturbed = (
-        f"PyTorch, weights perturbed by one unit in the last place, largest of {PERTURBED_RUNS}"
-    )
+    change = "weights perturbed by one unit in the last place"
+    perturbed = f"PyTorch, {change}, largest of {PERTURBED_RUNS}"
     for axes, x, shown, error, label in (
         (left, range(len(forward)), forward, "mean_error", "PyTorch in float32"),
         (right, numbers, steps, "max_error", perturbed),
@@ -441,8 +421,9 @@ def draw(rows, path):
 
 
 def compare(check, jittor, torch, reference, runs):
-    """The rows of a check; jittor, torch and reference as
-    `first_step` returns them, runs the losses of `steps`.
+    """The rows of a check.
+
+    jittor, torch and reference are as `first_step` returns them, runs are the losses for "steps".
     """
     if check == "steps":
         return compare_steps(*runs)

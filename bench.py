@@ -1,10 +1,12 @@
 """Time both frameworks side by side: python bench.py, or `make bench`.
 
-Every measurement is a process of its own, after warm-up; the implementations take turns (A B C A B
-C ...), so that a slow minute of the machine hits all of them. They are Jittor, PyTorch, and PyTorch
-with NATTEN's na2d_av, which is what the official OverLoCK runs, at the larger batch only: "natten"
-as pip builds it for a CPU, with no optimisation and for one thread; "natten -O3" the same source
-with the compiler flags that it lacks. Prints a table, writes logs/bench.csv and logs/bench.png.
+Every measurement is a process of its own, after warm-up; the implementations take turns
+(A B C A B C ...), so that a slow minute of the machine hits all of them. They are Jittor, PyTorch,
+and PyTorch with NATTEN's na2d_av, which is what the official OverLoCK runs, at the larger batch
+only: "natten" as pip builds it for a CPU, with no optimisation and for one thread; "natten -O3" the
+same source with the compiler flags that it lacks.
+
+Prints a table, writes logs/bench.csv and logs/bench.png.
 
 The floor of a row is what the machine could do at best: its multiply-adds at the matrix rate
 measured here, or its bytes at the copy bandwidth measured here, whichever takes longer.
@@ -28,13 +30,12 @@ from unittest import mock
 from tools.frameworks import ROOT, Jittor, Torch
 
 IMPLEMENTATIONS = ("jittor", "torch", "natten", "natten -O3")
-# Merged: after reparam() in both frameworks, and with BatchNorms folded into the convolutions
-# before.
+# Merged: after reparam() in both, and with BatchNorms folded into the convolutions before them.
 STEPS = ("training step", "inference", "merged inference")
 # variant, image side, batch sizes, the larger first
 MODELS = [("overlock_xxt", 64, (64, 16)), ("overlock_xt", 224, (8, 2))]
-# na2d_av: (batch, heads, height, width, dim), kernel: what XXT at 64 and XT at 224 pixels use, then
-# large maps
+# na2d_av: (batch, heads, height, width, dim), kernel; two that XXT uses at 64 pixels, two that XT
+# uses at 224 pixels, and two large maps
 WINDOWS = [
     ((64, 2, 9, 9, 24), 9),
     ((64, 4, 7, 7, 16), 7),
@@ -183,9 +184,8 @@ class OperatorTask:
         if self.kind == "na2d_av":
             na2d_av, value = f.module("ops").na2d_av, f.array(random_array(self.shape))
             attn = f.array(random_array((*self.shape[:4], self.kernel**2)))
-            return lambda: f.run_forward_backward(
-                lambda a, v: na2d_av(a, v, self.kernel), (attn, value)
-            )
+            arrays, kernel = (attn, value), self.kernel
+            return lambda: f.run_forward_backward(lambda a, v: na2d_av(a, v, kernel), arrays)
         models, x = f.module("models"), f.feature_map(random_array(self.shape))
         channels = self.shape[1]
         if self.kind == "depthwise":
@@ -202,8 +202,7 @@ class OperatorTask:
         if self.kind == "na2d_av":
             weights = size // self.shape[4] * self.kernel**2
             return 3 * size * self.kernel**2, 4 * (3 * weights + 5 * size)
-        # A window's taps that fall on the map, in all pixels together; a product with padding can
-        # be saved.
+        # A window's taps that fall on the map, in all pixels together: padding needs no product.
         reach = self.kernel // 2
         taps = [
             sum(min(i + reach, n - 1) - max(i - reach, 0) + 1 for i in range(n))
@@ -250,7 +249,7 @@ def worker(implementation, task):
 
 
 def machine_rates():
-    """Measured multiply-adds/s of a large matrix product and bytes/s of a large copy, on all cores."""
+    """Multiply-adds/s of a large matrix product and bytes/s of a large copy, on all cores."""
     import torch
 
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
@@ -297,7 +296,7 @@ def run_worker(python, implementation, task, environment):
 
 
 def first_step(python, implementation, home):
-    """Seconds from the start of a process to the end of its first training step of XXT, batch 64."""
+    """Seconds from the start of a process to the end of its first training step, XXT, batch 64."""
     # JITTOR_HOME would come before HOME.
     environment = {name: value for name, value in os.environ.items() if name != "JITTOR_HOME"}
     command = [python, __file__, "--first-step", implementation]
@@ -329,10 +328,7 @@ def make_parser():
 
 
 def find_implementations(args):
-    """{implementation:
-
-    (its Python, the environment of its processes)}, of those that are installed.
-    """
+    """{implementation: (its Python, its processes' environment)}, of those that are installed."""
     folder = args.natten_o3.resolve()
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     optimised = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -379,9 +375,8 @@ def main():
     if args.worker:
         return worker(args.worker[0], find_task(args.worker[1]))
     if args.first_step:
-        return ModelTask("training step", *("overlock_xxt", 64, 64)).step(
-            adapter(args.first_step)
-        )()
+        step = ModelTask("training step", "overlock_xxt", 64, 64).step(adapter(args.first_step))
+        return step()
     environments = find_implementations(args)
     chosen = [task for task in tasks() if args.only in str(task)]
     if not chosen:
@@ -393,9 +388,8 @@ def main():
         "peak memory of the process in MiB"
     )
     names = " ".join(f"{name:>15}" for name in IMPLEMENTATIONS)
-    print(
-        f"{'':46} {names} {'jt/torch':>8} {'floor':>8} {'jt/floor':>8} {'jt MiB':>7} {'torch MiB':>9}"
-    )
+    ratios = f"{'jt/torch':>8} {'floor':>8} {'jt/floor':>8}"
+    print(f"{'':46} {names} {ratios} {'jt MiB':>7} {'torch MiB':>9}")
     rows = []
     for task in chosen:
         row = bench(task, environments, args.rounds)

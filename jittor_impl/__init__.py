@@ -1,3 +1,1 @@
-"""OverLoCK in Jittor: models.py is the network, train.py the
-program. torch_impl is the same in PyTorch.
-"""
+"""OverLoCK in Jittor (torch_impl: in PyTorch). models.py is the network, train.py the program."""

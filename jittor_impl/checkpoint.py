@@ -31,9 +31,8 @@ def model_arrays(model):
     """{state-dict key: NumPy array}."""
     arrays = {key: value.numpy() for key, value in model.state_dict().items()}
     for key in arrays:
-        if key.endswith(
-            "num_batches_tracked"
-        ):  # a 64-bit scalar in PyTorch; Jittor has neither by default
+        # A 64-bit scalar in PyTorch; Jittor has neither by default.
+        if key.endswith("num_batches_tracked"):
             arrays[key] = arrays[key].astype(np.int64).reshape(())  # (1,) -> ()
     return arrays
 
@@ -50,23 +49,18 @@ def optimizer_arrays(model, optimizer):
 def save_checkpoint(path, model, optimizer, run):
     """Write model, moments and `run` (a dict that JSON can hold) to `path`."""
     arrays = {f"model.{key}": value for key, value in model_arrays(model).items()}
-    arrays |= {
-        f"optimizer.{key}": value for key, value in optimizer_arrays(model, optimizer).items()
-    }
-    # safetensors wants contiguous arrays; ascontiguousarray makes a scalar () a vector (1,),
-    # reshape mends that.
-    arrays = {
-        key: np.ascontiguousarray(value).reshape(value.shape) for key, value in arrays.items()
-    }
+    moments = optimizer_arrays(model, optimizer)
+    arrays |= {f"optimizer.{key}": value for key, value in moments.items()}
+    for key, value in arrays.items():
+        # safetensors wants contiguous arrays; the reshape keeps a scalar () from becoming (1,).
+        arrays[key] = np.ascontiguousarray(value).reshape(value.shape)
     write_atomic(path, save(arrays, metadata={"run": json.dumps(run)}))
 
 
 def read_checkpoint(path):
-    """(arrays of the model, arrays of the optimizer, run) of one of
-    our checkpoints or of an official .pth release.
+    """Read our checkpoint or an official .pth: (arrays of the model, arrays of the optimizer, run).
 
-    Of a .pth file, optimizer and run are empty. Raises InputError if the file is missing or is
-    neither.
+    Of a .pth file, optimizer and run are empty. Raises InputError if it is missing or is neither.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,15 +73,11 @@ def read_checkpoint(path):
         for key in ("state_dict", "model"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
-        if not isinstance(content, dict) or not any(
-            isinstance(value, np.ndarray) for value in content.values()
-        ):
+        content = content if isinstance(content, dict) else {}
+        arrays = {key: value for key, value in content.items() if isinstance(value, np.ndarray)}
+        if not arrays:
             raise InputError(f"{path} holds no state dict; give a checkpoint of OverLoCK")
-        return (
-            {key: value for key, value in content.items() if isinstance(value, np.ndarray)},
-            {},
-            {},
-        )
+        return arrays, {}, {}
     try:
         with safe_open(path, framework="numpy") as f:
             keys = f.keys()
@@ -97,27 +87,24 @@ def read_checkpoint(path):
         raise InputError(
             f"{path} is not a checkpoint or is truncated ({str(error)[:80]}); give another one"
         ) from None
-    if run and not (
-        isinstance(run, dict) and run.keys() >= RUN_KEYS and len(run["history"]) == run["epoch"]
-    ):
+    complete = isinstance(run, dict) and run.keys() >= RUN_KEYS
+    if run and not (complete and len(run["history"]) == run["epoch"]):
         raise InputError(f"{path} was not written by this train.py; use it with --init")
     model, optimizer = {}, {}
     for key, value in arrays.items():
         kind, _, name = key.partition(".")
         if kind not in ("model", "optimizer"):
-            raise InputError(
-                f"{path} is a safetensors file, but not a checkpoint of train.py (key {key}); give another one"
-            )
+            what = f"a safetensors file, but not a checkpoint of train.py (key {key})"
+            raise InputError(f"{path} is {what}; give another one")
         (model if kind == "model" else optimizer)[name] = value
     return model, optimizer, run
 
 
 def load_model(model, arrays, path, keep_classifier=False):
-    """Load `arrays` into `model`, every key and shape as they must
-    be; raises InputError naming what differs.
+    """Load `arrays` into `model`. Raises InputError if a key or a shape differs, and names it.
 
-    keep_classifier leaves classifiers of another number of classes as they are in `model`; returns
-    their keys.
+    With keep_classifier, classifiers of another number of classes stay as they are in `model`.
+    Returns the keys of those that stayed.
     """
     own = model_arrays(model)
     kept = []
@@ -127,7 +114,8 @@ def load_model(model, arrays, path, keep_classifier=False):
             kept.append(key)
     missing, unexpected = own.keys() - arrays.keys(), arrays.keys() - own.keys()
     if missing or unexpected:
-        which = f"{len(missing)} keys are missing, {len(unexpected)} unknown, such as {min(missing or unexpected)}"
+        counts = f"{len(missing)} keys are missing, {len(unexpected)} unknown"
+        which = f"{counts}, such as {min(missing or unexpected)}"
         raise InputError(
             f"{path} is a checkpoint of another model ({which}); give the right --model"
         )
@@ -142,11 +130,11 @@ def load_model(model, arrays, path, keep_classifier=False):
                 f"{path} is a checkpoint of another model ({key} is {value.shape} there, "
                 f"{own[key].shape} here); give the right --model"
             )
-    # Arrays, never stopped Vars: a parameter that is assigned a stopped Var is frozen without a
-    # word.
+    # Arrays, never stopped Vars: a parameter that is assigned one is frozen without a word.
     state = model.state_dict()
     for key, value in arrays.items():
-        state[key].update(jt.array(value.astype(own[key].dtype).reshape(state[key].shape)))
+        value = value.astype(own[key].dtype).reshape(state[key].shape)  # a scalar () -> (1,)
+        state[key].update(jt.array(value))
     return kept
 
 
@@ -157,7 +145,6 @@ def load_optimizer(model, optimizer, arrays, step, path):
         for moment, jittor_name in (("exp_avg", "m"), ("exp_avg_sq", "values")):
             value = arrays.get(f"{moment}.{name}")
             if value is None or value.shape != tuple(parameter.shape):
-                raise InputError(
-                    f"{path} lacks the optimizer's {moment} of {name}; it cannot be resumed, use --init"
-                )
+                lack = f"{path} lacks the optimizer's {moment} of {name}"
+                raise InputError(f"{lack}; it cannot be resumed, use --init")
             optimizer.param_groups[0][jittor_name][i].update(jt.array(value))

@@ -6,10 +6,7 @@ from .progress import say
 
 
 class InputError(Exception):
-    """Something that the user gave is wrong.
-
-    The message is one line: what is wrong, and what to do.
-    """
+    """Something that the user gave is wrong. The message, one line, says what, and what to do."""
 
 
 def stop(program, status, message):

@@ -5,8 +5,8 @@ from .aligned.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, sum_of_branches
 from .aligned.nn import FusedSequential as Sequential
 from .aligned.start import jt, nn
 
-# (kernel size, dilation) of the parallel branches beside a large kernel (UniRepLKNet, arXiv
-# 2311.15599, section 3.1).
+# The parallel branches beside a large kernel: its size, then (kernel size, dilation) of each branch
+# (UniRepLKNet, arXiv 2311.15599, section 3.1).
 DILATED_BRANCHES = {
     5: ((3, 1), (3, 2)),
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),
@@ -63,9 +63,8 @@ class LayerScale(nn.Module):
         self.bias = jt.zeros(dim)
 
     def execute(self, x):
-        return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(
-            1, -1, 1, 1
-        )  # (C, ...) -> (1, C, 1, 1)
+        x = x * self.weight.reshape(1, -1, 1, 1)  # (C, 1, 1, 1) -> (1, C, 1, 1)
+        return x + self.bias.reshape(1, -1, 1, 1)  # (C,) -> (1, C, 1, 1)
 
 
 class LayerNorm2d(nn.Module):
@@ -104,9 +103,7 @@ class ResDWConv(Conv2d):
 
 
 def fuse_bn(conv, bn):
-    """Weight and bias of the convolution that equals `bn(conv(x))`
-    in evaluation mode; `conv` has no bias.
-    """
+    """Weight and bias of a convolution that is `bn(conv(x))` in evaluation; `conv` has no bias."""
     scale = bn.weight / jt.sqrt(bn.running_var + bn.eps)
     # scale (C,) -> (C, 1, 1, 1), as the weight (C, 1, K, K)
     return conv.weight * scale.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
@@ -118,17 +115,15 @@ def branch_names(kernel_size, dilation):
 
 
 class DilatedReparamBlock(nn.Module):
-    """A large depthwise kernel and parallel dilated small ones
-    (UniRepLKNet), each with its BatchNorm, summed.
+    """UniRepLKNet's sum of a large depthwise kernel and small dilated ones, each with a BatchNorm.
 
     `deploy=True` builds the merged form, one depthwise convolution with a bias.
     """
 
     def __init__(self, dim, kernel_size, deploy):
         super().__init__()
-        self.lk_origin = Conv2d(
-            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy
-        )
+        padding = kernel_size // 2
+        self.lk_origin = Conv2d(dim, dim, kernel_size, padding=padding, groups=dim, bias=deploy)
         self.dilated = () if deploy else DILATED_BRANCHES[kernel_size]
         if not deploy:
             self.origin_bn = BatchNorm2d(dim)
@@ -160,16 +155,14 @@ class DilatedReparamBlock(nn.Module):
         weight, bias = fuse_bn(conv, bn)
         for (k, r), (conv, bn) in zip(self.dilated, others):
             branch_weight, branch_bias = fuse_bn(conv, bn)
-            # A k x k kernel with dilation r is a dense one whose taps stand r apart around the same
-            # centre.
+            # A k x k kernel with dilation r is a dense one, taps r apart around the same centre.
             reach = r * (k // 2)
             taps = slice(large_k // 2 - reach, large_k // 2 + reach + 1, r)
             weight[:, :, taps, taps] += branch_weight
             bias += branch_bias
             for name in branch_names(k, r):
                 delattr(self, name)
-        # The parameters stay the same objects: Jittor freezes new ones that are made in evaluation
-        # mode.
+        # The parameters stay the same objects: Jittor freezes new ones made in evaluation mode.
         self.lk_origin.weight.update(weight)
         self.lk_origin.bias = self.origin_bn.bias
         self.lk_origin.bias.update(bias)

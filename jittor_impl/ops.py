@@ -22,21 +22,21 @@ def check_na2d_av(attn_shape, value_shape, kernel_size):
 
 
 def na2d_av(attn, value, kernel_size):
-    """Weighted sum of each pixel's kernel_size x kernel_size window
-    (NATTEN 0.17's `na2d_av`; ContMix, eq. 3).
+    """Weighted sum of each pixel's K x K window (NATTEN 0.17's `na2d_av`; ContMix, equation 3).
 
-    out[b, n, i, j, d] =
-        sum over p, q < K of attn[b, n, i, j, p*K + q] * value[b, n, r(i) + p, c(j) + q, d],
-    where r(i) = clamp(i - K//2, 0, H - K) and c(j) likewise: at the borders the window is shifted,
-    not clipped.
+    With r(i) = clamp(i - K//2, 0, H - K) and c(j) likewise (at the borders the window is shifted,
+    not clipped), each head of each sample is
+
+        out[i, j, d] = sum over p, q < K of attn[i, j, p*K + q] * value[r(i) + p, c(j) + q, d].
 
     Args:
-        attn: (B, heads, H, W, K*K) weights; value: (B, heads, H, W, dim), of the same type;
-            kernel_size: K, odd, at most min(H, W).
+        attn: weights, (B, heads, H, W, K*K)
+        value: (B, heads, H, W, dim), of the same type
+        kernel_size: K, odd, at most min(H, W)
     Returns:
         (B, heads, H, W, dim), differentiable in attn and value.
     Raises:
-        ValueError: on shapes or types that do not fit together; the message names them.
+        ValueError: on shapes or types that do not fit together, which the message names.
     """
     check_na2d_av(attn.shape, value.shape, kernel_size)
     return NA2dAVFunction.apply(attn, value, kernel_size)

@@ -13,9 +13,7 @@ COLUMNS = (
 
 
 def write_atomic(path, data):
-    """Write bytes so that `path` holds either the old or the
-    new content, whatever happens meanwhile.
-    """
+    """Write bytes so that `path` holds the old or the new content, whatever happens meanwhile."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -33,7 +31,8 @@ def epoch_line(row, epochs):
     return (
         f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f} "
         f"(main {row['train_loss_main']:.4f}, aux {row['train_loss_aux']:.4f}), "
-        f"val loss {row['val_loss']:.4f}, top-1 {row['acc_top1']:.4f}, top-5 {row['acc_top5']:.4f}, "
+        f"val loss {row['val_loss']:.4f}, "
+        f"top-1 {row['acc_top1']:.4f}, top-5 {row['acc_top5']:.4f}, "
         f"{row['epoch_time']:.2f} min, {row['images_per_second']:.0f} images/s"
     )
 
@@ -60,8 +59,7 @@ class RunFiles:
             raise InputError(f"{reason}; give another --output") from None
 
     def set_aside(self):
-        """Move an earlier run's files to previous-1/,
-        previous-2/, ...: a new run overwrites nothing.
+        """Move an earlier run's files to previous-1/, previous-2/, ... so that none is overwritten.
 
         The other framework's run beside it goes to the same folder, so the pairs stay together.
         """

@@ -1,14 +1,14 @@
-"""Compile Jittor's core, and every operator of a training step and of
-inference, for CUDA 13, on a machine without a GPU.
+"""Compile Jittor's core and every operator of a model for CUDA 13, on a machine without a GPU.
 
     python tests/compile_for_cuda.py [--model overlock_xxt] [--img-size 64] [--archs "80 90"]
-        [--home FOLDER]
+                                     [--home FOLDER]
 
-Runs in an environment with requirements-jittor.txt and requirements-cuda.txt. The compiler, the
-headers and Jittor are the real ones; the libraries that are loaded are stand-ins whose functions do
-nothing (cuda_stubs.c), so that Jittor goes on from one operator to the next. It shows that
-everything compiles and links, and nothing about the numbers. Takes some 15 minutes on two cores;
-with --home the compiled files stay there for the next time.
+The operators are those of a training step and of inference. Runs in an environment with
+requirements-jittor.txt and requirements-cuda.txt. The compiler, the headers and Jittor are the real
+ones; the libraries that are loaded are stand-ins whose functions do nothing (cuda_stubs.c), so that
+Jittor goes on from one operator to the next. It shows that everything compiles and links, and
+nothing about the numbers. Takes some 15 minutes on two cores; with --home the compiled files stay
+there for the next time.
 """
 
 import argparse
@@ -34,43 +34,18 @@ def make_stand_in(library, folder):
 
     Returns its path.
     """
-    symbols = subprocess.run(
-        ["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True
-    ).stdout
-    names = {
-        line.split()[2].partition("@")[0]
-        for line in symbols.splitlines()
-        if line.split()[1] in "TWi"
-    }
-    written = set(
-        re.findall(
-            r"\b\w+(?=\()",
-            subprocess.run(
-                ["gcc", "-E", "-P", STUBS], check=True, capture_output=True, text=True
-            ).stdout,
-        )
-    )
-    names = {
-        name
-        for name in names - written
-        if re.match("_*(cuda|cublas|cudnn|cufft|curand|cusparse)", name)
-    }
+    settings = dict(check=True, capture_output=True, text=True)
+    symbols = subprocess.run(["nm", "-D", "--defined-only", library], **settings).stdout
+    lines = [line.split() for line in symbols.splitlines()]
+    names = {words[2].partition("@")[0] for words in lines if words[1] in "TWi"}
+    stubs = subprocess.run(["gcc", "-E", "-P", STUBS], **settings).stdout
+    written = set(re.findall(r"\b\w+(?=\()", stubs))
+    prefix = "_*(cuda|cublas|cudnn|cufft|curand|cusparse)"
+    names = {name for name in names - written if re.match(prefix, name)}
     source, stand_in = folder / f"{library.name}.c", folder / library.name
     source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names)))
-    subprocess.run(
-        [
-            "gcc",
-            "-w",
-            "-shared",
-            "-fPIC",
-            f"-Wl,-soname,{library.name}",
-            "-o",
-            stand_in,
-            source,
-            STUBS,
-        ],
-        check=True,
-    )
+    options = ["-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
+    subprocess.run(["gcc", *options, "-o", stand_in, source, STUBS], check=True)
     return stand_in
 
 
@@ -82,7 +57,8 @@ def prepare(home):
     nvcc = cuda_toolkit.packaged_nvcc(home)
     if not nvcc:
         sys.exit(
-            "compile_for_cuda.py: error: NVIDIA's packages are not installed; pip install -r requirements-cuda.txt"
+            "compile_for_cuda.py: error: NVIDIA's packages are not installed; "
+            "pip install -r requirements-cuda.txt"
         )
     lib64 = Path(nvcc).parents[1] / "lib64"
     for name in STAND_INS:

@@ -1,6 +1,7 @@
-"""Fixtures. The tests of models, operators and training are written once, for either framework.
+"""Fixtures of the tests.
 
-They run against `impl`, the adapter of tools/frameworks.py, which hides what differs.
+Those of models, operators and training are written once, for either framework: they run against
+`impl`, the adapter of tools/frameworks.py, which hides what differs.
 """
 
 import sys
@@ -15,8 +16,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from under_test import NAME  # noqa: E402
 from tools import frameworks  # noqa: E402
 
-# What needs matplotlib, or both environments, runs beside PyTorch; what is about Jittor alone,
-# beside Jittor.
+# What is about Jittor alone runs beside Jittor; what needs matplotlib, or both environments, runs
+# beside PyTorch.
 if NAME == "jittor":
     torch_only = ("plot", "prepare", "both", "packages", "oracles")
     collect_ignore = [f"test_{name}.py" for name in torch_only]
@@ -32,7 +33,7 @@ def impl():
 
 @pytest.fixture(params=["cpu", "cuda"])
 def kernels(request, monkeypatch):
-    """jittor_impl's kernels for the CPU, then those for the GPU, run on the CPU by cuda_on_cpu.h."""
+    """jittor_impl's CPU kernels, then its GPU kernels, run on the CPU by cuda_on_cpu.h."""
     from jittor_impl.aligned.start import jt
 
     code, emulation = jt.code, f'#include "{ROOT / "tests" / "cuda_on_cpu.h"}"\n'
@@ -49,8 +50,9 @@ def kernels(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    """A folder in TinyImageNet's layout: 3 classes, 12 training and 6
-    validation images each, one of them greyscale.
+    """A folder in TinyImageNet's layout: 3 classes of 12 training and 6 validation images.
+
+    One training image is greyscale.
     """
     from PIL import Image
 
@@ -58,20 +60,16 @@ def dataset(tmp_path_factory):
     generator = np.random.default_rng(0)
     annotations = []
     for label, wnid in enumerate(("n03", "n01", "n02")):
-        for split, count in (("train", 12), ("val", 6)):
-            folder = (
-                root / "train" / wnid / "images" if split == "train" else root / "val" / "images"
-            )
+        train, val = root / "train" / wnid / "images", root / "val" / "images"
+        for folder, prefix, count in ((train, "", 12), (val, "val_", 6)):
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 pixels = generator.integers(0, 120, (64, 64, 3)).astype(np.uint8)
                 pixels[:, :, label] += 100  # the class is the colour: learnable in a few steps
                 image = Image.fromarray(pixels)
-                name = f"{wnid}_{i}.JPEG" if split == "train" else f"val_{wnid}_{i}.JPEG"
-                (image.convert("L") if split == "train" and label == 0 and i == 0 else image).save(
-                    folder / name
-                )
-                if split == "val":
-                    annotations.append(f"{name}\t{wnid}\t0\t0\t63\t63\n")
+                if folder == train and label == 0 and i == 0:
+                    image = image.convert("L")
+                image.save(folder / f"{prefix}{wnid}_{i}.JPEG")
+        annotations += [f"val_{wnid}_{i}.JPEG\t{wnid}\t0\t0\t63\t63\n" for i in range(6)]
     (root / "val" / "val_annotations.txt").write_text("".join(sorted(annotations)))
     return root

@@ -1,6 +1,6 @@
-"""Run by the environment of either framework: python dump_run.py FRAMEWORK DATA_DIR SEED OUT.npz
+"""Write the initial weights of XXT and two epochs of batches, for comparison bit by bit.
 
-Writes the initial weights of XXT and two epochs of batches, for comparison bit by bit.
+Each framework's environment runs it: python dump_run.py FRAMEWORK DATA_DIR SEED OUT.npz
 """
 
 import sys

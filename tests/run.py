@@ -1,4 +1,4 @@
-"""Run every test: each environment its part, then one summary.
+"""Run every test, in each environment its part, and print one summary.
 
 python tests/run.py .venv-jittor/bin/python .venv-torch/bin/python [pytest options]
 """
@@ -15,16 +15,14 @@ TESTS = Path(__file__).resolve().parent
 
 
 def run_part(name, python, others, options):
-    """Run the tests of framework `name`.
-
-    Returns its line of the summary, its skips and whether it passed.
-    """
+    """Run the tests of framework `name`: (line of the summary, skips, whether all passed)."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         environment = {**os.environ, "OVERLOCK_TESTS": name, **others}
         command = [python, "-m", "pytest", "-q", f"--junit-xml={report}", *options, str(TESTS)]
         start = time.perf_counter()
         status = subprocess.run(command, env=environment).returncode
+        seconds = time.perf_counter() - start
         if not report.exists():
             return f"{name:8} pytest ended with status {status} and no report", [], False
         suite = ET.parse(report).getroot().find("testsuite")
@@ -34,19 +32,17 @@ def run_part(name, python, others, options):
             for case in suite.iter("testcase")
             if case.find("skipped") is not None
         ]
-        failed = counts["failures"] + counts["errors"]
-        passed = counts["tests"] - failed - counts["skipped"]
-        line = f"{name:8} {passed} passed, {failed} failed, {counts['skipped']} skipped, {time.perf_counter() - start:.0f} s"
+        failed, skipped = counts["failures"] + counts["errors"], counts["skipped"]
+        passed = counts["tests"] - failed - skipped
+        line = f"{name:8} {passed} passed, {failed} failed, {skipped} skipped, {seconds:.0f} s"
         return line, skips, status == 0
 
 
 def main():
     pythons = [os.path.abspath(p) for p in sys.argv[1:3]]
     others = {"JITTOR_PYTHON": pythons[0], "TORCH_PYTHON": pythons[1]}
-    results = [
-        run_part(name, python, others, sys.argv[3:])
-        for name, python in zip(("jittor", "torch"), pythons)
-    ]
+    parts = zip(("jittor", "torch"), pythons)
+    results = [run_part(name, python, others, sys.argv[3:]) for name, python in parts]
     print("\n--- summary ---")
     for line, skips, _ in results:
         print(line)

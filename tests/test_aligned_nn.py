@@ -19,23 +19,23 @@ def error(actual, expected):
     return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize(
-    "size", [(9, 7), (13, 7), (11, 7), (7, 4), (4, 7), (2, 7), (14, 7), (7, 2), (5, 1), (6, 6)]
-)
+# (size of the input, size of the output)
+POOLED = [(9, 7), (13, 7), (11, 7), (7, 4), (4, 7), (2, 7), (14, 7), (7, 2), (5, 1), (6, 6)]
+
+
+@pytest.mark.parametrize("size", POOLED)
 def test_adaptive_pooling(size):
     """Jittor's own is off by 0.6 at 9 -> 7 and divides by zero at 4 -> 7."""
     in_size, out_size = size
+
+    def window(i, size):
+        return slice(int(np.floor(i * size / out_size)), int(np.ceil((i + 1) * size / out_size)))
+
     x = np.random.default_rng(0).standard_normal((2, 3, in_size, in_size + 2))
     expected = np.empty((2, 3, out_size, out_size))
     for i in range(out_size):
         for j in range(out_size):
-            rows = slice(
-                int(np.floor(i * in_size / out_size)), int(np.ceil((i + 1) * in_size / out_size))
-            )
-            cols = slice(
-                int(np.floor(j * (in_size + 2) / out_size)),
-                int(np.ceil((j + 1) * (in_size + 2) / out_size)),
-            )
+            rows, cols = window(i, in_size), window(j, in_size + 2)
             expected[:, :, i, j] = x[:, :, rows, cols].mean((2, 3))
     var = jt.array(x.astype(np.float32))
     out = adaptive_avg_pool2d(var, (out_size, out_size))
@@ -43,21 +43,21 @@ def test_adaptive_pooling(size):
     # The layer is linear, so <grad, x> = <pool(x), w> for the gradient of <pool(x), w>.
     w = np.random.default_rng(1).standard_normal(expected.shape)
     grad = jt.grad((out * jt.array(w.astype(np.float32))).sum(), var).numpy()
-    assert abs((grad * x).sum() - (expected * w).sum()) < 1e-5 * np.linalg.norm(
-        expected
-    ) * np.linalg.norm(w)
+    limit = 1e-5 * np.linalg.norm(expected) * np.linalg.norm(w)
+    assert abs((grad * x).sum() - (expected * w).sum()) < limit
 
 
 def test_pooling_and_interpolation_matrices_average():
     for size, out_size in ((9, 7), (4, 9), (2, 15), (30, 11)):
-        assert np.allclose(pooling_matrix(size, out_size).sum(1), 1) and np.allclose(
-            bilinear_matrix(size, out_size).sum(1), 1
-        )
+        assert np.allclose(pooling_matrix(size, out_size).sum(1), 1)
+        assert np.allclose(bilinear_matrix(size, out_size).sum(1), 1)
 
 
-@pytest.mark.parametrize(
-    "size", [((4, 4), (9, 9)), ((6, 10), (9, 15)), ((2, 3), (4, 6)), ((9, 9), (5, 4))]
-)
+# (size of the input, size of the output)
+INTERPOLATED = [((4, 4), (9, 9)), ((6, 10), (9, 15)), ((2, 3), (4, 6)), ((9, 9), (5, 4))]
+
+
+@pytest.mark.parametrize("size", INTERPOLATED)
 def test_bilinear_interpolation(size):
     (H, W), (h, w) = size
     x = np.random.default_rng(0).standard_normal((1, 2, H, W))
@@ -68,18 +68,18 @@ def test_bilinear_interpolation(size):
             y0, z0 = int(y), int(z)
             y1, z1 = min(y0 + 1, H - 1), min(z0 + 1, W - 1)
             a, b = y - y0, z - z0
-            expected[..., i, j] = (1 - a) * ((1 - b) * x[..., y0, z0] + b * x[..., y0, z1]) + a * (
-                (1 - b) * x[..., y1, z0] + b * x[..., y1, z1]
-            )
+            upper = (1 - b) * x[..., y0, z0] + b * x[..., y0, z1]
+            lower = (1 - b) * x[..., y1, z0] + b * x[..., y1, z1]
+            expected[..., i, j] = (1 - a) * upper + a * lower
     out = interpolate(jt.array(x.astype(np.float32)), (h, w), mode="bilinear", align_corners=False)
     assert error(out.numpy(), expected) < 2e-6
 
 
 @pytest.mark.parametrize("ratio", [0, 20, 200])
 def test_batch_norm(ratio, kernels):
-    """Mean `ratio` standard deviations away from 0:
+    """With a mean that lies `ratio` standard deviations from 0.
 
-    Jittor's own loses 4e-3 at 200, and biases running_var.
+    Jittor's own BatchNorm loses 4e-3 at a ratio of 200, and biases running_var.
     """
     generator = np.random.default_rng(0)
     x = (generator.standard_normal((8, 3, 5, 7)) + ratio).astype(np.float32)
@@ -91,29 +91,27 @@ def test_batch_norm(ratio, kernels):
     grads = [g.numpy() for g in jt.grad((out * jt.array(w)).sum(), [var, layer.weight, layer.bias])]
 
     x, gamma = x.astype(np.float64), np.array([1.5, -2, 0.5]).reshape(1, 3, 1, 1)
-    mean, var64 = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
-    normal = (x - mean) / np.sqrt(var64 + 1e-5)
+    axes = (0, 2, 3)
+    mean, sigma = x.mean(axes, keepdims=True), np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+    normal = (x - mean) / sigma
     g = w * gamma
-    grad_x = (
-        g - g.mean((0, 2, 3), keepdims=True) - normal * (g * normal).mean((0, 2, 3), keepdims=True)
-    ) / np.sqrt(var64 + 1e-5)
+    dot = (g * normal).mean(axes, keepdims=True)
+    grad_x = (g - g.mean(axes, keepdims=True) - normal * dot) / sigma
     # x itself is a float32: its rounding, relative to the spread, is what remains.
     limit = 5e-6 + 20 * ratio * np.finfo(np.float32).eps
     assert error(out.numpy(), normal * gamma) < limit
     assert error(grads[0], grad_x) < limit
-    assert (
-        error(grads[1], (w * normal).sum((0, 2, 3))) < limit
-        and error(grads[2], w.sum((0, 2, 3))) < 5e-6
-    )
-    unbiased = x.var((0, 2, 3), ddof=1)
+    assert error(grads[1], (w * normal).sum(axes)) < limit
+    assert error(grads[2], w.sum(axes)) < 5e-6
+    unbiased = x.var(axes, ddof=1)
     assert error(layer.running_var.numpy(), 0.9 + 0.1 * unbiased) < 1e-5
     assert error(layer.running_mean.numpy(), 0.1 * mean.reshape(-1) + 1e-9) < 1e-5
     assert layer.num_batches_tracked.numpy().item() == 1
 
     layer.eval()
-    expected = (x - layer.running_mean.numpy().reshape(1, 3, 1, 1)) / np.sqrt(
-        layer.running_var.numpy().reshape(1, 3, 1, 1) + 1e-5
-    )
+    running_mean = layer.running_mean.numpy().reshape(1, 3, 1, 1)
+    running_var = layer.running_var.numpy().reshape(1, 3, 1, 1)
+    expected = (x - running_mean) / np.sqrt(running_var + 1e-5)
     assert error(layer(var).numpy(), expected * gamma) < limit
 
 
@@ -150,9 +148,9 @@ def test_channel_norm(ratio, kernels):
 
 @pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
 def test_half_precision(kernels, monkeypatch):
-    """As on a GPU: a map of float16, parameters of float32; a loss in float32.
+    """A float16 map, float32 parameters and a float32 loss, as on a GPU.
 
-    Each result is off by its rounding alone.
+    Each result is off by its own rounding alone.
     """
     monkeypatch.setitem(launch.TYPES, 0, launch.TYPES[1])
     generator = np.random.default_rng(0)
@@ -165,9 +163,8 @@ def test_half_precision(kernels, monkeypatch):
         for layer in (norm, lambda x: convolve(x, conv, own=None, residual=True)):
             out = layer(var)
             assert out.dtype == dtype
-            grads = jt.grad(
-                (out.float32() * jt.array(w).float32()).sum(), [var, norm.weight, conv.weight]
-            )
+            loss = (out.float32() * jt.array(w).float32()).sum()
+            grads = jt.grad(loss, [var, norm.weight, conv.weight])
             assert [g.dtype for g in grads] == [dtype, "float32", "float32"]
             results.append([v.float32().numpy() for v in (out, *grads)])
     assert norm.running_mean.dtype == norm.running_var.dtype == "float32"

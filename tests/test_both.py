@@ -1,5 +1,6 @@
-"""What needs both environments: the mirror, the same bits from
-the same seed, each other's checkpoints.
+"""What needs both environments.
+
+The mirrored files, the same bits from the same seed, each other's checkpoints, align.py, bench.py.
 """
 
 import argparse
@@ -29,6 +30,10 @@ def pythons():
     return {"jittor": os.environ["JITTOR_PYTHON"], "torch": sys.executable}
 
 
+def python_options(pythons):
+    return ["--jittor-python", pythons["jittor"], "--torch-python", pythons["torch"]]
+
+
 def run(pythons, name, *options):
     command = [pythons[name], str(ROOT / f"{name}_impl" / "train.py"), *map(str, options)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -36,10 +41,13 @@ def run(pythons, name, *options):
     return result.stdout
 
 
+def twins(name):
+    """The file of this name in jittor_impl and in torch_impl."""
+    return [ROOT / f"{impl}_impl" / name for impl in ("jittor", "torch")]
+
+
 def outline(path):
-    """Classes and functions of a file in order, with their
-    signatures; forward and execute count as one name.
-    """
+    """Classes and functions of a file in order, with signatures; execute counts as forward."""
     names = []
 
     def visit(body, prefix):
@@ -48,9 +56,8 @@ def outline(path):
                 names.append(prefix + node.name)
                 visit(node.body, f"{prefix}{node.name}.")
             if isinstance(node, ast.FunctionDef):
-                name = (
-                    "forward" if node.name == "execute" and "Function" not in prefix else node.name
-                )
+                is_forward = node.name == "execute" and "Function" not in prefix
+                name = "forward" if is_forward else node.name
                 names.append(f"{prefix}{name}({ast.unparse(node.args)})")
 
     visit(ast.parse(path.read_text()).body, "")
@@ -58,9 +65,7 @@ def outline(path):
 
 
 def constants(path):
-    """{name: value} of the literals at the top of a file, without
-    those that name the framework or its backends.
-    """
+    """{name: value} of the literals at the top of a file, without those that name the framework."""
     values = {}
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -78,25 +83,24 @@ def test_the_same_files():
 
 @pytest.mark.parametrize("name", MIRRORED)
 def test_mirror(name):
-    jittor, torch = (ROOT / f"{impl}_impl" / name for impl in ("jittor", "torch"))
+    jittor, torch = twins(name)
     assert outline(jittor) == outline(torch)
     assert constants(jittor) == constants(torch)
 
 
 @pytest.mark.parametrize("name", WITHOUT_FRAMEWORK)
 def test_files_without_a_framework_are_the_same(name):
-    jittor, torch = ((ROOT / f"{impl}_impl" / name).read_text() for impl in ("jittor", "torch"))
+    jittor, torch = (path.read_text() for path in twins(name))
     assert jittor == torch
 
 
 @pytest.mark.parametrize("name", MIRRORED)
 def test_the_diff_is_a_translation_table(name):
-    """Mirrored files differ in few lines. models.py has every
-    line, blank or not, at the same place.
+    """Mirrored files differ in few lines.
+
+    In models.py every line, blank or not, is at the same place.
     """
-    jittor, torch = (
-        (ROOT / f"{impl}_impl" / name).read_text().splitlines() for impl in ("jittor", "torch")
-    )
+    jittor, torch = (path.read_text().splitlines() for path in twins(name))
     blocks = difflib.SequenceMatcher(None, jittor, torch, autojunk=False).get_matching_blocks()
     same = sum(block.size for block in blocks)
     if name != "__init__.py":  # one line
@@ -121,16 +125,13 @@ def test_same_seed_same_bits(pythons, dataset, tmp_path):
     arrays = {}
     for name, python in pythons.items():
         out = tmp_path / f"{name}.npz"
-        subprocess.run(
-            [python, ROOT / "tests" / "dump_run.py", name, dataset, "5", out], check=True
-        )
+        command = [python, ROOT / "tests" / "dump_run.py", name, dataset, "5", out]
+        subprocess.run(command, check=True)
         arrays[name] = dict(np.load(out))
     assert arrays["jittor"].keys() == arrays["torch"].keys() and len(arrays["torch"]) > 800
     for key, value in arrays["torch"].items():
-        assert (
-            np.array_equal(arrays["jittor"][key], value)
-            and arrays["jittor"][key].dtype == value.dtype
-        ), key
+        other = arrays["jittor"][key]
+        assert np.array_equal(other, value) and other.dtype == value.dtype, key
 
 
 def test_runs_lie_on_each_other_and_read_each_others_checkpoints(pythons, dataset, tmp_path):
@@ -139,71 +140,48 @@ def test_runs_lie_on_each_other_and_read_each_others_checkpoints(pythons, datase
     for name in pythons:
         run(pythons, name, *common, "--epochs", 2)
         history[name] = pd.read_csv(tmp_path / f"log{suffix[name]}.csv")
-    # Six steps: the frameworks round differently, AdamW divides by the root of tiny squares, no
-    # more.
+    # Six steps: what differs is rounding alone, which AdamW divides by the root of tiny squares.
     for key in ("train_loss", "train_loss_aux", "val_loss"):
-        assert history["jittor"][key].to_numpy() == pytest.approx(
-            history["torch"][key].to_numpy(), rel=2e-3
-        ), key
+        jittor, torch = (history[name][key].to_numpy() for name in ("jittor", "torch"))
+        assert jittor == pytest.approx(torch, rel=2e-3), key
 
     for name, other in (("jittor", "torch"), ("torch", "jittor")):
         checkpoint = tmp_path / f"last{suffix[other]}.safetensors"
         out = run(pythons, name, *common, "--evaluate", checkpoint)
         loss = float(re.search(r"val loss ([\d.]+)", out).group(1))
         assert loss == pytest.approx(history[other]["val_loss"].iloc[-1], abs=2e-4)
-        out = run(
-            pythons,
-            name,
-            *common,
-            "--output",
-            tmp_path / "resumed",
-            "--epochs",
-            3,
-            "--resume",
-            checkpoint,
-        )
+        resume = ["--output", tmp_path / "resumed", "--epochs", 3, "--resume", checkpoint]
+        out = run(pythons, name, *common, *resume)
         assert "resumed from" in out and "epoch 3/3" in out
 
 
-@pytest.mark.parametrize(
-    "key, dtype", [(None, "float32"), ("state_dict", "float32"), ("model", "float16")]
-)
+# (key of the weights in the file, their type)
+OFFICIAL_LAYOUTS = [(None, "float32"), ("state_dict", "float32"), ("model", "float16")]
+
+
+@pytest.mark.parametrize("key, dtype", OFFICIAL_LAYOUTS)
 def test_official_checkpoints_load_into_both(pythons, dataset, tmp_path, key, dtype):
-    """A .pth as the official release is: 1000 classes, under a key
-    or not, beside objects that are no tensors.
+    """A .pth as the official release is: of 1000 classes, under a key or not.
+
+    Beside the key stand objects that are no tensors.
     """
     import torch
     from reference_weights import formula
     from torch_impl import models
 
     model = models.overlock_xxt(num_classes=1000)
-    state = {k: torch.from_numpy(formula(k, tuple(v.shape))) for k, v in model.state_dict().items()}
-    state = {
-        k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()
-    }
+    state = {}
+    for name, value in model.state_dict().items():
+        tensor = torch.from_numpy(formula(name, tuple(value.shape)))
+        state[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
     content = state if key is None else {key: state, "epoch": 3, "args": argparse.Namespace(lr=1.0)}
     torch.save(content, tmp_path / "overlock.pth")
-    common = [
-        "--num-classes",
-        "3",
-        "--train-per-class",
-        "2",
-        "--val-per-class",
-        "6",
-        "--epochs",
-        "1",
-        "--data-dir",
-        dataset,
-        "--output",
-        tmp_path,
-        "--lr",
-        "1e-12",
-        "--init",
-        tmp_path / "overlock.pth",
-    ]
+    options = ["--num-classes", 3, "--train-per-class", 2, "--val-per-class", 6, "--epochs", 1]
+    options += ["--data-dir", dataset, "--output", tmp_path]
+    options += ["--init", tmp_path / "overlock.pth", "--lr", "1e-12"]
     losses = []
     for name in pythons:
-        out = run(pythons, name, *common)
+        out = run(pythons, name, *options)
         assert "left at their initial values: head.4.weight" in out
         losses.append(float(re.search(r"train loss ([\d.]+)", out).group(1)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -223,9 +201,8 @@ def test_hostile_pth_is_refused(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'executed'}",)
 
-    torch.save(
-        {"weight": torch.arange(6.0).reshape(2, 3).T, "extra": Hostile()}, tmp_path / "hostile.pth"
-    )
+    weight = torch.arange(6.0).reshape(2, 3).T
+    torch.save({"weight": weight, "extra": Hostile()}, tmp_path / "hostile.pth")
     content = read_pth.read(tmp_path / "hostile.pth")
     assert np.array_equal(content["weight"], np.arange(6, dtype=np.float32).reshape(2, 3).T)
     assert not (tmp_path / "executed").exists()
@@ -233,20 +210,17 @@ def test_hostile_pth_is_refused(tmp_path):
 
 def test_model_table_of_the_readmes():
     """tools/model_table.py prints the table that stands in both READMEs."""
-    table = subprocess.run(
-        [sys.executable, ROOT / "tools" / "model_table.py"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    command = [sys.executable, ROOT / "tools" / "model_table.py"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in ("README.md", "README_zh.md"):
         for row in table.splitlines()[2:]:
             assert row in (ROOT / name).read_text(), (name, row)
 
 
 def test_tables_of_times_are_those_of_the_log():
-    """tools/bench_table.py prints docs/performance.md's table, from
-    logs/reference/bench.csv; six rows are in the READMEs.
+    """tools/bench_table.py prints docs/performance.md's table from logs/reference/bench.csv.
+
+    Six of its rows are in the READMEs.
     """
     command = [sys.executable, ROOT / "tools" / "bench_table.py"]
     table = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
@@ -256,40 +230,22 @@ def test_tables_of_times_are_those_of_the_log():
     for readme in ("README.md", "README_zh.md"):
         text = (ROOT / readme).read_text(encoding="utf-8")
         for row in larger:
-            task, jittor, torch, _, _, ratio, _, memory = (
-                cell.strip() for cell in row.split("|")[1:-1]
-            )
+            cells = [cell.strip() for cell in row.split("|")[1:-1]]
+            task, jittor, torch, _, _, ratio, _, memory = cells
             assert f"| {task} | {jittor} | {torch} | {ratio} | {memory} |" in text, (readme, task)
     assert len(larger) == 6
 
 
 def test_bench_measures_both_frameworks(pythons, tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "bench.py",
-        "--only",
-        "batch norm, 64x96x4x4",
-        "--rounds",
-        "1",
-        "--output",
-        tmp_path,
-        "--jittor-python",
-        pythons["jittor"],
-        "--torch-python",
-        pythons["torch"],
-    ]
+    options = ["--only", "batch norm, 64x96x4x4", "--rounds", "1", "--output", tmp_path]
+    command = [sys.executable, ROOT / "bench.py", *options, *python_options(pythons)]
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(tmp_path / "bench.csv")
-    assert (
-        len(table) == 2
-        and (table[["jittor_ms", "torch_ms"]] > 0).all(axis=None)
-        and table.floor_ms[0] > 0
-    )
-    assert (
-        table.task[1] == "first training step of a new process"
-        and (tmp_path / "bench.png").stat().st_size > 5000
-    )
+    assert len(table) == 2
+    assert (table[["jittor_ms", "torch_ms"]] > 0).all(axis=None) and table.floor_ms[0] > 0
+    assert table.task[1] == "first training step of a new process"
+    assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("variant, side", [("overlock_xxt", 64), ("overlock_xt", 224)])
@@ -313,25 +269,9 @@ def test_bench_times_the_windows_of_the_models(variant, side, monkeypatch):
 
 
 def align(pythons, dataset, output, *options):
-    command = [
-        sys.executable,
-        ROOT / "align.py",
-        "--jittor-python",
-        pythons["jittor"],
-        "--torch-python",
-        pythons["torch"],
-        "--data-dir",
-        dataset,
-        "--num-classes",
-        "3",
-        "--train-per-class",
-        "12",
-        "-b",
-        "12",
-        "--output",
-        output,
-        *options,
-    ]
+    command = [sys.executable, ROOT / "align.py", *python_options(pythons)]
+    command += ["--num-classes", "3", "--train-per-class", "12", "-b", "12"]
+    command += ["--data-dir", dataset, "--output", output, *options]
     return subprocess.run([str(word) for word in command], capture_output=True, text=True)
 
 
@@ -339,33 +279,25 @@ def test_align_finds_the_frameworks_alike(pythons, dataset, tmp_path):
     result = align(pythons, dataset, tmp_path, "--steps", "12")
     assert result.returncode == 0, result.stdout + result.stderr
     table = pd.read_csv(tmp_path / "alignment.csv")
-    assert (
-        set(table.check)
-        == {"weights", "batches", "forward", "loss", "gradients", "step", "adamw", "steps"}
-        and table.ok.all()
-    )
-    # Every block of the three sub-networks and both heads, in both modes.
+    checks = {"weights", "batches", "forward", "loss", "gradients", "step", "adamw", "steps"}
+    assert set(table.check) == checks and table.ok.all()
+    # Every block of the three sub-networks and both heads, in every mode.
     names = set(table.name[table.check == "forward"])
     blocks = [f"blocks{i}.{j}" for i, depth in enumerate((1, 1, 2, 1), 1) for j in range(depth)]
     blocks += ["sub_blocks3.0", "sub_blocks3.2", "sub_blocks3.0[1]", "sub_blocks4.0", "head"]
-    assert {
-        f"{mode} {block}" for mode in ("training", "evaluation", "inference") for block in blocks
-    } <= names
+    modes = ("training", "evaluation", "inference")
+    assert {f"{mode} {block}" for mode in modes for block in blocks} <= names
     assert "evaluation blocks1.0.proj.1.dil_bn_k3_5" in names  # only inference merges branches
-    assert "training aux_head" in names and (tmp_path / "alignment.png").stat().st_size > 10000
+    assert "training aux_head" in names
+    assert (tmp_path / "alignment.png").stat().st_size > 10000
 
 
 def test_align_names_a_broken_module(pythons, dataset, tmp_path):
-    """A residual lost on purpose, deep in the network, is found
-    where it is and not where it shows later.
-    """
-    result = align(
-        pythons, dataset, tmp_path, "--steps", "2", "--plant-fault", "sub_blocks3.1.dwconv2"
-    )
-    assert (
-        result.returncode == 1
-        and "They first depart at forward: evaluation sub_blocks3.1.dwconv2\n" in result.stdout
-    ), result.stdout
+    """A residual lost on purpose deep in the network is found there, not where it shows later."""
+    options = ["--steps", "2", "--plant-fault", "sub_blocks3.1.dwconv2"]
+    result = align(pythons, dataset, tmp_path, *options)
+    verdict = "They first depart at forward: evaluation sub_blocks3.1.dwconv2\n"
+    assert result.returncode == 1 and verdict in result.stdout, result.stdout
 
 
 def test_align_measures_steps_by_the_largest_of_several_perturbed_runs():
@@ -376,13 +308,11 @@ def test_align_measures_steps_by_the_largest_of_several_perturbed_runs():
     within, beyond = 2 + 2 * 11e-6 * np.ones(40), 2 + 2e-6 * np.where(step < 25, 11, 30)
     rows = list(compare_steps(within, torch, perturbed))
     assert len(rows) == 31 and all(row["ok"] for row in rows) and rows[0]["name"] == "step 10"
-    assert rows[0]["limit"] == pytest.approx(12e-6) and rows[0]["mean_error"] == pytest.approx(
-        11e-6
-    )
+    assert rows[0]["limit"] == pytest.approx(12e-6)
+    assert rows[0]["mean_error"] == pytest.approx(11e-6)
     # The mean over ten steps passes 12e-6 with the first step of the larger gap.
-    assert [row["name"] for row in compare_steps(beyond, torch, perturbed) if not row["ok"]][
-        0
-    ] == "step 26"
+    failed = [row["name"] for row in compare_steps(beyond, torch, perturbed) if not row["ok"]]
+    assert failed[0] == "step 26"
 
 
 def test_align_with_a_wrong_name_or_size(pythons, dataset, tmp_path):
@@ -394,6 +324,5 @@ def test_align_with_a_wrong_name_or_size(pythons, dataset, tmp_path):
         (("--output", tmp_path / "file"), "give another --output"),
     ):
         result = align(pythons, dataset, tmp_path, *options)
-        assert (
-            result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
-        ), result.stderr
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr, result.stderr

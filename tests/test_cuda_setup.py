@@ -1,6 +1,4 @@
-"""Which CUDA toolkit Jittor gets, and the changes of the
-installed package that CUDA 13 and cuDNN 9 need.
-"""
+"""Which CUDA toolkit Jittor gets, and how its package is changed for CUDA 13 and cuDNN 9."""
 
 import ctypes
 import os
@@ -19,9 +17,7 @@ SCRIPT = Path(patch_jittor.__file__)
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """The folder of a copy of those files of the installed package
-    that the changes are about, as Jittor has them.
-    """
+    """A folder with a copy of the files that the changes are about, as Jittor has them."""
     installed = patch_jittor.package_root()
     for name in patch_jittor.read_patch(patch_jittor.PATCH.read_text()):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -51,45 +47,43 @@ def test_a_package_that_somebody_else_changed_is_left_alone(package):
     path = package / "jittor" / "depthwise_conv.py"
     path.write_text(path.read_text().replace("cub::LaneId()", "lane_id()"))
     before = contents(package)
-    with pytest.raises(
-        patch_jittor.PatchError,
-        match="depthwise_conv.py is not as Jittor 1.3.11.0 has it; pip install",
-    ):
+    message = "depthwise_conv.py is not as Jittor 1.3.11.0 has it; pip install"
+    with pytest.raises(patch_jittor.PatchError, match=message):
         patch_jittor.apply()
     assert contents(package) == before
 
 
 def test_another_version_of_jittor_is_refused():
-    code = (
-        "import sys, importlib.metadata as m; d = m.distribution('jittor'); "
-        "m.distribution = lambda name: type('D', (), {'version': '1.3.9.14'}); sys.argv[:] = ['patch_jittor.py']; "
-        f"sys.path.insert(0, {str(SCRIPT.parents[1])!r}); "
-        "from setup import patch_jittor; sys.exit(patch_jittor.main())"
-    )
+    code = f"""
+import sys
+from importlib import metadata
+metadata.distribution = lambda name: type("D", (), {{"version": "1.3.9.14"}})
+sys.argv[:] = ["patch_jittor.py"]
+sys.path.insert(0, {str(SCRIPT.parents[1])!r})
+from setup import patch_jittor
+sys.exit(patch_jittor.main())
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert (
-        "the changes are for Jittor 1.3.11.0, installed is 1.3.9.14; pip install jittor==1.3.11.0"
-        in result.stderr
-    )
+    message = "the changes are for Jittor 1.3.11.0, installed is 1.3.9.14"
+    assert f"{message}; pip install jittor==1.3.11.0" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "header, dropped", [("helper_cuda.h", "computeMode"), ("cuda_limits.h", "npp.h")]
-)
+# (header of Jittor, what it uses that CUDA 13 dropped)
+HEADERS = [("helper_cuda.h", "computeMode"), ("cuda_limits.h", "npp.h")]
+
+
+@pytest.mark.parametrize("header, dropped", HEADERS)
 def test_headers_compile_with_cuda_13_once_changed(header, dropped, package, tmp_path):
     nvcc = cuda_toolkit.system_nvcc()
     if not nvcc or cuda_toolkit.toolkit_version(nvcc) < (13,):
         pytest.skip("no nvcc of CUDA 13 or newer")
     source = tmp_path / "headers.cu"
     source.write_text(f'#include "{header}"\n')
-    # Behind the files of the copy, those which the changes are not about.
+    # The copy first, then the installed package for the files that the changes are not about.
     folders = [package / "jittor", Path(start.jt.__file__).parent]
-    includes = [
-        f"-I{folder / inner}"
-        for folder in folders
-        for inner in ("extern/cuda/inc", "src/misc", "src")
-    ]
+    places = ("extern/cuda/inc", "src/misc", "src")
+    includes = [f"-I{folder / place}" for folder in folders for place in places]
     command = [nvcc, "-std=c++17", "-DIS_CUDA", "-cuda", *includes, "-o", os.devnull, source]
     before = subprocess.run(command, capture_output=True, text=True)
     assert before.returncode != 0 and dropped in before.stderr, before.stderr
@@ -103,25 +97,20 @@ def fake_toolkit(folder, release, cudnn, lib64="lib64"):
     (folder / "bin").mkdir(parents=True)
     (folder / "include").mkdir()
     (folder / lib64).mkdir()
-    # A library that can be loaded: any.
-    (folder / lib64 / "libcudart.so").symlink_to(
-        next(Path(ctypes.__file__).parent.parent.glob("lib-dynload/_ctypes*.so"))
-    )
-    (folder / "bin" / "nvcc").write_text(
-        f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.48\n"
-    )
-    (folder / "bin" / "nvcc").chmod(0o755)
+    # Any library that can be loaded will do.
+    library = next(Path(ctypes.__file__).parent.parent.glob("lib-dynload/_ctypes*.so"))
+    (folder / lib64 / "libcudart.so").symlink_to(library)
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.48\n")
+    nvcc.chmod(0o755)
     if cudnn:
         (folder / "include" / "cudnn_version.h").write_text(f"#define CUDNN_MAJOR {cudnn}\n")
-    return str(folder / "bin" / "nvcc")
+    return str(nvcc)
 
 
 @pytest.fixture
 def choose(tmp_path, monkeypatch):
-    """choose_cuda on a machine with so many GPUs and this system-wide nvcc.
-
-    Returns the nvcc that Jittor gets.
-    """
+    """The nvcc that choose_cuda gives Jittor on a machine with so many GPUs and this nvcc."""
 
     def choose(gpus, nvcc, chosen=None, driver=13, capability=90, packaged=None):
         monkeypatch.delenv("nvcc_path", raising=False)
@@ -141,23 +130,19 @@ def choose(tmp_path, monkeypatch):
 
 def test_nvcc_without_a_gpu_means_the_cpu(tmp_path, choose, capsys):
     nvcc = fake_toolkit(tmp_path / "cuda", "12.4", 8)
-    assert (
-        choose(0, nvcc) == ""
-        and "no CUDA GPU is usable: running on the CPU\n" in capsys.readouterr().err
-    )
+    assert choose(0, nvcc) == ""
+    assert "no CUDA GPU is usable: running on the CPU\n" in capsys.readouterr().err
     assert choose(0, None) == "" and capsys.readouterr().err == ""
     assert choose(0, None, chosen=nvcc) == "" and "no CUDA GPU is usable" in capsys.readouterr().err
     assert choose(1, nvcc, chosen="") == "" and capsys.readouterr().err == ""
 
 
 def test_a_gpu_without_nvcc_downloads_no_toolkit(choose, capsys):
-    assert (
-        choose(1, None) == ""
-        and "no nvcc (pip install -r requirements-cuda.txt " in capsys.readouterr().err
-    )
-    assert (
-        choose(1, None, driver=12) == "" and "pip install" not in capsys.readouterr().err
-    )  # they are of CUDA 13
+    assert choose(1, None) == ""
+    assert "no nvcc (pip install -r requirements-cuda.txt " in capsys.readouterr().err
+    # Those packages are of CUDA 13, which is too new for this driver.
+    assert choose(1, None, driver=12) == ""
+    assert "pip install" not in capsys.readouterr().err
 
 
 def test_a_toolkit_that_jittor_downloaded_once_is_left_alone():
@@ -166,9 +151,11 @@ def test_a_toolkit_that_jittor_downloaded_once_is_left_alone():
     assert not install_cuda.has_installation()
 
 
-@pytest.mark.parametrize(
-    "release, cudnn, changed", [("12.4", 8, 0), ("12.4", 9, 7), ("13.0", 9, 7)]
-)
+# (release of CUDA, major version of cuDNN, number of files that they need changed)
+TOOLKITS = [("12.4", 8, 0), ("12.4", 9, 7), ("13.0", 9, 7)]
+
+
+@pytest.mark.parametrize("release, cudnn, changed", TOOLKITS)
 def test_jittor_is_changed_where_the_toolkit_needs_it(
     tmp_path, release, cudnn, changed, package, choose, capsys
 ):
@@ -176,9 +163,8 @@ def test_jittor_is_changed_where_the_toolkit_needs_it(
     nvcc = fake_toolkit(tmp_path / "cuda", release, cudnn)
     assert choose(1, nvcc) == nvcc
     assert sum(path.read_text() != text for path, text in original.items()) == changed
-    assert (f"changed {changed} files of the installed Jittor" in capsys.readouterr().err) == bool(
-        changed
-    )
+    told = f"changed {changed} files of the installed Jittor" in capsys.readouterr().err
+    assert told == bool(changed)
     assert choose(1, nvcc) == nvcc and capsys.readouterr().err == ""
 
 
@@ -186,14 +172,11 @@ def test_toolkits_that_cannot_be_used_mean_the_cpu(tmp_path, package, choose, mo
     monkeypatch.setattr(cuda_toolkit, "SYSTEM_INCLUDE", tmp_path)
     assert choose(1, fake_toolkit(tmp_path / "without", "12.4", None)) == ""
     assert "no cuDNN beside" in capsys.readouterr().err
-    assert (
-        choose(1, fake_toolkit(tmp_path / "conda", "12.4", 8, "lib")) == ""
-    )  # where Jittor does not look for libraries
+    # Conda's libraries are in lib, where Jittor does not look for them.
+    assert choose(1, fake_toolkit(tmp_path / "conda", "12.4", 8, "lib")) == ""
     assert "lib64/libcudart.so" in capsys.readouterr().err
-    assert (
-        choose(1, None, chosen="/nowhere/nvcc") == ""
-        and "no compiler /nowhere/nvcc" in capsys.readouterr().err
-    )
+    assert choose(1, None, chosen="/nowhere/nvcc") == ""
+    assert "no compiler /nowhere/nvcc" in capsys.readouterr().err
     broken = Path(fake_toolkit(tmp_path / "broken", "12.4", 8))
     broken.write_bytes(b"\x7fELF of another machine")
     assert choose(1, str(broken)) == "" and "is no CUDA toolkit" in capsys.readouterr().err
@@ -232,26 +215,22 @@ def test_packages_of_nvidia_become_a_toolkit(tmp_path, monkeypatch):
         for package, names in files.items():
             info = site / f"{package.replace('-', '_')}-13.0.dist-info"
             info.mkdir(parents=True)
-            (info / "METADATA").write_text(
-                f"Metadata-Version: 2.1\nName: {package}\nVersion: 13.0\n"
-            )
+            description = f"Metadata-Version: 2.1\nName: {package}\nVersion: 13.0\n"
+            (info / "METADATA").write_text(description)
             (info / "RECORD").write_text("".join(f"{name},,\n" for name in names))
             for name in names:
-                (site / name).parent.mkdir(parents=True, exist_ok=True)
-                (site / name).write_text(
-                    "#define CUDNN_MAJOR 9\n"
-                    if name.endswith("cudnn_version.h")
-                    else f"#!/bin/sh\necho release 13.0, V13.0.88 of {environment}\n"
-                )
-                (site / name).chmod(0o755)
+                path, content = site / name, "#define CUDNN_MAJOR 9\n"
+                if path.name != "cudnn_version.h":
+                    content = f"#!/bin/sh\necho release 13.0, V13.0.88 of {environment}\n"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(content)
+                path.chmod(0o755)
         monkeypatch.syspath_prepend(site)
         nvcc = cuda_toolkit.packaged_nvcc(tmp_path)
         root = Path(nvcc).parent.parent
         assert f"of {environment}" in subprocess.run([nvcc], capture_output=True, text=True).stdout
-        assert (
-            cuda_toolkit.toolkit_version(nvcc) == (13, 0, 88)
-            and cuda_toolkit.cudnn_version(nvcc) == 9
-        )
+        assert cuda_toolkit.toolkit_version(nvcc) == (13, 0, 88)
+        assert cuda_toolkit.cudnn_version(nvcc) == 9
         for name, target in (
             ("include/crt/host_defines.h", "cu13/include/crt/host_defines.h"),
             ("lib64/libcudart.so", "cu13/lib/libcudart.so.13"),

@@ -23,10 +23,8 @@ def test_first_classes_in_sorted_order(dataset):
     train, val = load(dataset, 2, 5, 3)
     assert train.classes == ["n01", "n02"] and len(train) == 10 and len(val) == 6
     assert train.images.dtype == np.uint8 and train.images.shape == (10, 64, 64, 3)
-    first = np.asarray(
-        Image.open(sorted((dataset / "train" / "n01" / "images").iterdir())[0]).convert("RGB")
-    )
-    assert np.array_equal(train.images[0], first)
+    path = sorted((dataset / "train" / "n01" / "images").iterdir())[0]
+    assert np.array_equal(train.images[0], np.asarray(Image.open(path).convert("RGB")))
     assert train.labels.tolist() == [0] * 5 + [1] * 5 and val.labels.tolist() == [0, 0, 0, 1, 1, 1]
     annotated = np.asarray(Image.open(dataset / "val" / "images" / "val_n02_0.JPEG"))
     assert np.array_equal(val.images[3], annotated)
@@ -35,11 +33,8 @@ def test_first_classes_in_sorted_order(dataset):
 def test_greyscale_files_become_rgb(dataset):
     train, _ = load(dataset, 3, 12, 6)
     grey = train.images[24]  # the first image of n03
-    assert (
-        grey.shape == (64, 64, 3)
-        and (grey[..., 0] == grey[..., 1]).all()
-        and (grey[..., 0] == grey[..., 2]).all()
-    )
+    assert grey.shape == (64, 64, 3)
+    assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 0] == grey[..., 2]).all()
 
 
 def test_batches_are_a_formula_of_seed_and_epoch(dataset):
@@ -48,11 +43,8 @@ def test_batches_are_a_formula_of_seed_and_epoch(dataset):
     order = generator.permutation(36)
     flip = generator.random(36) < 0.5
     batches = list(train.batches(16, seed=7, epoch=2))
-    assert [len(labels) for _, labels in batches] == [
-        16,
-        16,
-        4,
-    ]  # no batch is dropped, the last is smaller
+    sizes = [len(labels) for _, labels in batches]
+    assert sizes == [16, 16, 4]  # no batch is dropped, the last is smaller
     images = np.concatenate([images for images, _ in batches])
     assert images.dtype == np.float32 and images.shape == (36, 3, 64, 64)
     for position, (index, flipped) in enumerate(zip(order, flip)):
@@ -60,9 +52,8 @@ def test_batches_are_a_formula_of_seed_and_epoch(dataset):
         expected = (pixels / 255 - MEAN) / STD
         assert np.abs(images[position] - expected.transpose(2, 0, 1)).max() < 1e-5
     assert np.array_equal(np.concatenate([labels for _, labels in batches]), train.labels[order])
-    assert not np.array_equal(
-        images, np.concatenate([images for images, _ in train.batches(16, seed=7, epoch=3)])
-    )
+    next_epoch = np.concatenate([images for images, _ in train.batches(16, seed=7, epoch=3)])
+    assert not np.array_equal(images, next_epoch)
     again = np.concatenate([images for images, _ in train.batches(16, seed=7, epoch=2)])
     assert np.array_equal(images, again)  # a batch does not change the images in memory
     assert np.array_equal(np.concatenate([labels for _, labels in val.batches(5)]), val.labels)
@@ -98,10 +89,11 @@ def test_class_without_images(broken):
         load(broken, 3, 1, 1)
 
 
-@pytest.mark.parametrize(
-    "content, reason",
-    [(b"not an image", "not an image"), (b"", "not an image"), (None, "truncated")],
-)
+# (content of the file, what is said of it); None: its first 1200 bytes
+BROKEN_IMAGES = [(b"not an image", "not an image"), (b"", "not an image"), (None, "truncated")]
+
+
+@pytest.mark.parametrize("content, reason", BROKEN_IMAGES)
 def test_broken_image_is_named(broken, content, reason):
     path = broken / "val" / "images" / "val_n01_2.JPEG"
     path.write_bytes(path.read_bytes()[:1200] if content is None else content)
@@ -153,10 +145,8 @@ def test_loading_costs_at_most_5_percent_of_a_training_step():
     train, model = module("train"), module("models").overlock_xxt(num_classes=20)
     data = object.__new__(TinyImageNet)
     generator = np.random.default_rng(0)
-    data.images, data.labels = (
-        generator.integers(0, 256, (640, 64, 64, 3)).astype(np.uint8),
-        np.zeros(640, np.int64),
-    )
+    data.images = generator.integers(0, 256, (640, 64, 64, 3)).astype(np.uint8)
+    data.labels = np.zeros(640, np.int64)
     loading = []
     for epoch in range(5):
         start = time.perf_counter()

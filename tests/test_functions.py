@@ -1,7 +1,7 @@
-"""The CPU kernels of jittor_impl against float64 NumPy:
-convolutions, ContMix, GRN and AdamW, with their gradients.
+"""The CPU kernels of jittor_impl and their gradients against float64 NumPy.
 
-BatchNorm, LayerNorm, pooling and interpolation are in test_aligned_nn.py, na2d_av in test_ops.py.
+Here are convolutions, ContMix, GRN and AdamW; BatchNorm, LayerNorm, pooling and interpolation are
+in test_aligned_nn.py, na2d_av in test_ops.py.
 """
 
 import os
@@ -27,8 +27,9 @@ def error(actual, expected):
 
 
 def depthwise(x, weight, grad_y, dilation):
-    """y, grad_x, grad_weight: each tap shifts the padded image.
-    x (B, C, H, W), weight (C, 1, K, K).
+    """y, grad_x, grad_weight of x (B, C, H, W) and weight (C, 1, K, K).
+
+    Tap by tap: each shifts the padded image.
     """
     K, (H, W) = weight.shape[2], x.shape[2:]
     pad = dilation * (K // 2)
@@ -37,12 +38,9 @@ def depthwise(x, weight, grad_y, dilation):
     y, grad_weight = np.zeros(x.shape), np.zeros(weight.shape)
     for p in range(K):
         for q in range(K):
-            window = (
-                slice(None),
-                slice(None),
-                slice(p * dilation, p * dilation + H),
-                slice(q * dilation, q * dilation + W),
-            )
+            rows = slice(p * dilation, p * dilation + H)
+            cols = slice(q * dilation, q * dilation + W)
+            window = (..., rows, cols)
             tap = weight[:, 0, p, q].reshape(1, -1, 1, 1)
             y += tap * padded[window]
             grad_padded[window] += tap * grad_y
@@ -51,34 +49,23 @@ def depthwise(x, weight, grad_y, dilation):
 
 
 def convolution(x, weight, grad_y, stride, padding, dilation):
-    """y, grad_x, grad_weight of a dense convolution: tap by
-    tap. x (B, C, H, W), weight (O, C, K, L).
-    """
+    """y, grad_x, grad_weight of x (B, C, H, W) and weight (O, C, K, L), tap by tap."""
     frame = ((0, 0), (0, 0), (padding, padding), (padding, padding))
-    padded = np.pad(x, frame)
-    H, W = (
-        (n - dilation * (k - 1) - 1) // stride + 1
-        for n, k in zip(padded.shape[2:], weight.shape[2:])
-    )
+    padded, kernel = np.pad(x, frame), weight.shape[2:]
+    H, W = ((n - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(padded.shape[2:], kernel))
     y, grad_padded, grad_weight = 0, np.zeros(padded.shape), np.zeros(weight.shape)
-    for p in range(weight.shape[2]):
-        for q in range(weight.shape[3]):
-            window = (
-                slice(None),
-                slice(None),
-                slice(p * dilation, p * dilation + stride * (H - 1) + 1, stride),
-                slice(q * dilation, q * dilation + stride * (W - 1) + 1, stride),
-            )
+    for p in range(kernel[0]):
+        for q in range(kernel[1]):
+            rows = slice(p * dilation, p * dilation + stride * (H - 1) + 1, stride)
+            cols = slice(q * dilation, q * dilation + stride * (W - 1) + 1, stride)
+            window = (..., rows, cols)
             tap = weight[:, :, p, q]
             y = y + np.einsum("oc,bchw->bohw", tap, padded[window])
             if grad_y is not None:
                 grad_padded[window] += np.einsum("oc,bohw->bchw", tap, grad_y)
                 grad_weight[:, :, p, q] = np.einsum("bohw,bchw->oc", grad_y, padded[window])
-    return (
-        y,
-        grad_padded[:, :, padding : padding + x.shape[2], padding : padding + x.shape[3]],
-        grad_weight,
-    )
+    rows, cols = (slice(padding, padding + size) for size in x.shape[2:])
+    return y, grad_padded[..., rows, cols], grad_weight
 
 
 @pytest.mark.parametrize(
@@ -100,17 +87,15 @@ def convolution(x, weight, grad_y, stride, padding, dilation):
 @pytest.mark.parametrize("bias", [True, False])
 def test_dense_convolution(shape, outs, kernel, stride, padding, dilation, bias):
     generator = np.random.default_rng(0)
-    layer = Conv2d(
-        shape[1], outs, kernel, stride=stride, padding=padding, dilation=dilation, bias=bias
-    )
-    layer.weight.update(
-        jt.array(generator.standard_normal((outs, shape[1], kernel, kernel)).astype(np.float32))
-    )
+    geometry = dict(stride=stride, padding=padding, dilation=dilation)
+    layer = Conv2d(shape[1], outs, kernel, **geometry, bias=bias)
+    weight = generator.standard_normal((outs, shape[1], kernel, kernel)).astype(np.float32)
+    layer.weight.update(jt.array(weight))
     x = generator.standard_normal(shape).astype(np.float32)
-    geometry = (layer.weight.numpy().astype(np.float64), stride, padding, dilation)
-    y = convolution(x.astype(np.float64), geometry[0], None, *geometry[1:])[0]
+    x64, weight64 = x.astype(np.float64), layer.weight.numpy().astype(np.float64)
+    y = convolution(x64, weight64, None, **geometry)[0]
     grad_y = generator.standard_normal(y.shape).astype(np.float32)
-    _, grad_x, grad_weight = convolution(x.astype(np.float64), geometry[0], grad_y, *geometry[1:])
+    _, grad_x, grad_weight = convolution(x64, weight64, grad_y, **geometry)
     if bias:
         y = y + layer.bias.numpy().reshape(1, -1, 1, 1)
     var = jt.array(x)
@@ -126,8 +111,8 @@ def test_dense_convolution(shape, outs, kernel, stride, padding, dilation, bias)
         assert error(grads[2], grad_y.sum((0, 2, 3), dtype=np.float64)) < 5e-6
 
 
-# Every kernel and dilation of the five variants on small and odd maps; channels that do and do not
-# fill 8 lanes.
+# Every kernel and dilation of the five variants; small and odd maps; numbers of channels that fill
+# 8 lanes and that do not.
 @pytest.mark.parametrize(
     "shape",
     [(3, 8, 16, 16), (17, 12, 4, 4), (2, 20, 2, 2), (1, 3, 7, 11), (2, 9, 1, 5), (2, 16, 13, 8)],
@@ -140,21 +125,14 @@ def test_dense_convolution(shape, outs, kernel, stride, padding, dilation, bias)
 def test_depthwise_convolution(shape, K, dilation, bias, residual):
     generator = np.random.default_rng(0)
     x, grad_y = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
-    layer = Conv2d(
-        shape[1],
-        shape[1],
-        K,
-        padding=dilation * (K // 2),
-        dilation=dilation,
-        groups=shape[1],
-        bias=bias,
-    )
-    layer.weight.update(jt.array(generator.standard_normal((shape[1], 1, K, K)).astype(np.float32)))
+    C, padding = shape[1], dilation * (K // 2)
+    layer = Conv2d(C, C, K, padding=padding, dilation=dilation, groups=C, bias=bias)
+    weight = generator.standard_normal((C, 1, K, K)).astype(np.float32)
+    layer.weight.update(jt.array(weight))
     var = jt.array(x)
     out = convolve(var, layer, own=None, residual=residual)  # by the kernel, or not at all
-    y, grad_x, grad_weight = depthwise(
-        x.astype(np.float64), layer.weight.numpy().astype(np.float64), grad_y, dilation
-    )
+    x64, weight64 = x.astype(np.float64), layer.weight.numpy().astype(np.float64)
+    y, grad_x, grad_weight = depthwise(x64, weight64, grad_y, dilation)
     if bias:
         y += layer.bias.numpy().reshape(1, -1, 1, 1)
     if residual:
@@ -174,9 +152,8 @@ def test_depthwise_convolution_of_cpu_and_gpu(K, dilation, bias, residual, kerne
     test_depthwise_convolution((2, 3, 7, 11), K, dilation, bias, residual)
 
 
-@pytest.mark.parametrize(
-    "shape, K", [((1, 2, 9, 10, 3), 5), ((2, 1, 8, 17, 5), 3)]
-)  # one thread a number, and in tiles
+# By one thread for each number, and in tiles.
+@pytest.mark.parametrize("shape, K", [((1, 2, 9, 10, 3), 5), ((2, 1, 8, 17, 5), 3)])
 def test_na2d_av_of_cpu_and_gpu(impl, shape, K, kernels):
     test_ops.test_definition_in_float64(impl, shape, K)
 
@@ -200,20 +177,17 @@ def contmix_float64(query, key, weight, bias, rpb1, rpb2, x):
             for j in range(W):
                 r, c = min(max(i - K // 2, 0), H - K), min(max(j - K // 2, 0), W - K)
                 affinity = np.einsum("bnd,bnds->bns", query[..., i, j], key)
-                place = rpb[
-                    :, r - i + K - 1 : r - i + 2 * K - 1, c - j + K - 1 : c - j + 2 * K - 1
-                ].reshape(heads, -1)
-                attn = softmax(affinity @ weight[part].T + bias[part] + place).reshape(
-                    B, heads, K, K
-                )
-                out[:, half, :, :, i, j] = np.einsum(
-                    "bnpq,bndpq->bnd", attn, x[:, half, :, :, r : r + K, c : c + K]
-                )
+                y, z = r - i + K - 1, c - j + K - 1
+                position = rpb[:, y : y + K, z : z + K].reshape(heads, -1)
+                attn = softmax(affinity @ weight[part].T + bias[part] + position)
+                attn = attn.reshape(B, heads, K, K)
+                window = x[:, half, :, :, r : r + K, c : c + K]
+                out[:, half, :, :, i, j] = np.einsum("bnpq,bndpq->bnd", attn, window)
     return out.reshape(B, C, H, W)
 
 
-# Maps as small as the large window, and larger; channels of a head that do and do not fill 8 lanes;
-# 16 images and more.
+# Maps as small as the large window and larger ones; numbers of channels of a head that fill 8 lanes
+# and that do not; few images and more than 16.
 @pytest.mark.parametrize(
     "B, heads, query_dim, value_dim, H, W, K1, K2, regions",
     [
@@ -224,9 +198,7 @@ def contmix_float64(query, key, weight, bias, rpb1, rpb2, x):
     ],
 )
 def test_contmix(B, heads, query_dim, value_dim, H, W, K1, K2, regions, monkeypatch):
-    """By the kernel and by the operators that run on a GPU; the
-    kernel's gradients are those of the operators.
-    """
+    """By the kernel, and by the operators that run on a GPU; both have the same gradients."""
     generator = np.random.default_rng(0)
 
     def normal(*shape):
@@ -250,16 +222,17 @@ def test_contmix(B, heads, query_dim, value_dim, H, W, K1, K2, regions, monkeypa
         results.append([out.numpy()] + [g.numpy() for g in jt.grad((out * grad_out).sum(), inputs)])
     arrays[2] = arrays[2][:, :, 0, 0]
     expected = contmix_float64(*(a.astype(np.float64) for a in arrays))
-    # Affinities of up to 16 products, weights of up to 49 of them; logits of about 30 go through an
-    # exponential.
+    # Affinities sum up to 16 products, weights up to 49 affinities; logits of about 30 then go
+    # through an exponential.
     assert error(results[0][0], expected) < 1e-5 and error(results[1][0], expected) < 1e-5
     for kernel, operators in zip(*results):
         assert error(kernel, operators) < 2e-5
 
 
 def test_merged_branches_are_the_branches():
-    """In evaluation without gradients a dilated reparam block is one
-    convolution; with them it is all of its branches.
+    """In evaluation without gradients, a dilated reparam block is a single convolution.
+
+    With gradients it is all of its branches.
     """
     generator = np.random.default_rng(0)
     block = DilatedReparamBlock(12, 13, deploy=False)
@@ -273,40 +246,33 @@ def test_merged_branches_are_the_branches():
     assert np.abs(jt.grad(block(x).sum(), [x])[0].numpy()).max() > 0
 
 
-@pytest.mark.parametrize(
-    "layers",
-    [
-        lambda: [Conv2d(5, 9, 3, stride=2, padding=1, bias=False), BatchNorm2d(9), nn.GELU()],
-        lambda: [Conv2d(5, 14, 1), nn.GELU(), Conv2d(14, 5, 1), nn.SiLU()],
-        lambda: [Conv2d(5, 30, 3, padding=1), BatchNorm2d(30), nn.SiLU(), Conv2d(30, 3, 1)],
-        lambda: [
-            Conv2d(5, 5, 3, padding=1, groups=5),
-            BatchNorm2d(5),
-            nn.GELU(),
-            ResDWConv(5),
-            BatchNorm2d(5),
-            nn.GELU(),
-        ],
-        lambda: [
-            Conv2d(5, 5, 3, padding=2, dilation=2, groups=5, bias=False),
-            BatchNorm2d(5),
-            nn.GELU(),
-            nn.Sigmoid(),
-        ],
-    ],
-)
+def norm_gelu(dim):
+    return BatchNorm2d(dim), nn.GELU()
+
+
+DILATED = dict(padding=2, dilation=2, groups=5, bias=False)
+SEQUENCES = [
+    lambda: [Conv2d(5, 9, 3, stride=2, padding=1, bias=False), *norm_gelu(9)],
+    lambda: [Conv2d(5, 14, 1), nn.GELU(), Conv2d(14, 5, 1), nn.SiLU()],
+    lambda: [Conv2d(5, 30, 3, padding=1), BatchNorm2d(30), nn.SiLU(), Conv2d(30, 3, 1)],
+    lambda: [Conv2d(5, 5, 3, padding=1, groups=5), *norm_gelu(5), ResDWConv(5), *norm_gelu(5)],
+    lambda: [Conv2d(5, 5, 3, **DILATED), *norm_gelu(5), nn.Sigmoid()],
+]
+
+
+@pytest.mark.parametrize("layers", SEQUENCES)
 def test_convolutions_apply_the_norm_and_the_activation_after_them(layers):
-    """In inference a FusedSequential is its layers, one after another,
-    in fewer kernels; with gradients it has them.
+    """In inference a FusedSequential is its layers, one after another, in fewer kernels.
+
+    Where gradients are wanted it has them.
     """
     generator = np.random.default_rng(0)
     sequential = FusedSequential(*layers())
     for var in sequential.state_dict().values():
         var.update(jt.array(generator.uniform(0.5, 1.5, var.shape).astype(np.float32)))
     sequential.eval()
-    x = jt.array(
-        generator.standard_normal((3, 5, 7, 5)).astype(np.float32)
-    )  # a tile of 16 columns ends within an image
+    # A tile of 16 columns ends within an image.
+    x = jt.array(generator.standard_normal((3, 5, 7, 5)).astype(np.float32))
     one_by_one = x
     for layer in sequential:
         one_by_one = layer(one_by_one)
@@ -320,14 +286,8 @@ def test_nothing_is_fused_over_a_hook():
     """In inference a hook on a layer fires, with that layer's own output, and the result stays."""
     generator = np.random.default_rng(0)
     block, dim = DilatedReparamBlock(5, 7, deploy=False), 5
-    layers = [
-        Conv2d(5, 5, 3, padding=1),
-        BatchNorm2d(5),
-        nn.GELU(),
-        block,
-        Conv2d(5, 9, 1),
-        nn.SiLU(),
-    ]
+    layers = [Conv2d(5, 5, 3, padding=1), BatchNorm2d(5), nn.GELU(), block]
+    layers += [Conv2d(5, 9, 1), nn.SiLU()]
     sequential = FusedSequential(*layers)
     for var in sequential.state_dict().values():
         var.update(jt.array(generator.uniform(0.5, 1.5, var.shape).astype(np.float32)))
@@ -336,10 +296,9 @@ def test_nothing_is_fused_over_a_hook():
     with jt.no_grad():
         expected = sequential(x).numpy()
         for layer in [*layers, block.dil_conv_k3_2, block.origin_bn]:
-            for register, remove in (
-                (layer.register_forward_hook, layer.remove_forward_hook),
-                (layer.register_pre_forward_hook, layer.remove_pre_forward_hook),
-            ):
+            after = (layer.register_forward_hook, layer.remove_forward_hook)
+            before = (layer.register_pre_forward_hook, layer.remove_pre_forward_hook)
+            for register, remove in (after, before):
                 calls = []
                 register(lambda *arguments, calls=calls: calls.append(arguments[0]))
                 assert error(sequential(x).numpy(), expected) < 2e-6
@@ -348,14 +307,10 @@ def test_nothing_is_fused_over_a_hook():
 
 
 def test_adamw():
-    """Parameters, moments and step count as in torch.optim.AdamW's
-    formula, for parameters of several ranks.
-    """
+    """Parameters of several ranks, their moments and the step count follow torch.optim.AdamW."""
     generator = np.random.default_rng(0)
-    arrays = [
-        generator.standard_normal(shape).astype(np.float32)
-        for shape in [(5,), (3, 4), (2, 3, 3, 3), (7,)] * 20
-    ]
+    shapes = [(5,), (3, 4), (2, 3, 3, 3), (7,)] * 20
+    arrays = [generator.standard_normal(shape).astype(np.float32) for shape in shapes]
     params = [jt.array(a) for a in arrays]
     targets = [jt.array(generator.standard_normal(a.shape).astype(np.float32)) for a in arrays]
     # 1 - 0.999 in float32 is off by 1e-5.
@@ -367,9 +322,8 @@ def test_adamw():
             grad = 2 * (expected[i] - target.numpy())
             m[i], v[i] = 0.9 * m[i] + 0.1 * grad, 0.999 * v[i] + 0.001 * grad**2
             step_size, correction = 1e-2 / (1 - 0.9**step), (1 - 0.999**step) ** 0.5
-            expected[i] = expected[i] * (1 - 1e-2 * 0.1) - step_size * m[i] / (
-                np.sqrt(v[i]) / correction + 1e-6
-            )
+            decayed = expected[i] * (1 - 1e-2 * 0.1)
+            expected[i] = decayed - step_size * m[i] / (np.sqrt(v[i]) / correction + 1e-6)
     for i, param in enumerate(params):
         assert error(param.numpy(), expected[i]) < 2e-6
         assert error(optimizer.param_groups[0]["m"][i].numpy(), m[i]) < 2e-6
@@ -382,9 +336,8 @@ def test_grn(shape, kernels):
     generator = np.random.default_rng(0)
     x, grad_y = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
     x[0, 1] = 0  # a dead channel
-    gamma, beta = (
-        generator.standard_normal((1, shape[1], 1, 1)).astype(np.float32) for _ in range(2)
-    )
+    of_channels = (1, shape[1], 1, 1)
+    gamma, beta = (generator.standard_normal(of_channels).astype(np.float32) for _ in range(2))
     inputs = [jt.array(a) for a in (x, gamma, beta)]
     out = GRNFunction.apply(*inputs)
     grads = [g.numpy() for g in jt.grad((out * jt.array(grad_y)).sum(), inputs)]
@@ -395,18 +348,15 @@ def test_grn(shape, kernels):
     assert error(out.numpy(), (gamma * norm / mean + 1) * x + beta) < 2e-6
     dot = (grad_y * x).sum((2, 3), keepdims=True)
     grad_norm = gamma * dot / mean - (gamma * dot * norm).mean(1, keepdims=True) / mean**2
-    grad_x = (gamma * norm / mean + 1) * grad_y + grad_norm * np.divide(
-        x, norm, out=np.zeros_like(x), where=norm > 0
-    )
+    direction = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+    grad_x = (gamma * norm / mean + 1) * grad_y + grad_norm * direction
     assert error(grads[0], grad_x) < 2e-6
     assert error(grads[1], (dot * norm / mean).sum(0, keepdims=True)) < 2e-6
     assert error(grads[2], grad_y.sum((0, 2, 3)).reshape(1, -1, 1, 1)) < 2e-6
 
 
 def test_the_thread_count_changes_no_bit_of_a_step(tmp_path):
-    """Every kernel writes each number by one thread, in one order;
-    so do the operators that Jittor generates.
-    """
+    """One thread writes each number, in one order: in our kernels as in those of Jittor."""
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
@@ -425,33 +375,27 @@ np.savez(sys.argv[1], output["main"].numpy(), *[v.numpy() for v in [*grads, *par
 """
     results = []
     for threads in ("1", "2"):
-        out = tmp_path / f"{threads}.npz"
-        subprocess.run(
-            [sys.executable, "-c", code, out],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-        )
+        out, environment = tmp_path / f"{threads}.npz", {**os.environ, "OMP_NUM_THREADS": threads}
+        subprocess.run([sys.executable, "-c", code, out], check=True, env=environment)
         results.append(dict(np.load(out)))
     assert results[0].keys() == results[1].keys() and len(results[0]) > 1000
     assert all(np.array_equal(results[0][key], results[1][key]) for key in results[0])
 
 
 def test_other_types_are_refused():
-    with pytest.raises(
-        ValueError, match="kernels are for float32, got float16, float32, float32; use x.float32"
-    ):
-        GRNFunction.apply(
-            jt.zeros((1, 2, 3, 3)).float16(), jt.zeros((1, 2, 1, 1)), jt.zeros((1, 2, 1, 1))
-        )
-    with pytest.raises(
-        ValueError, match="attn and value must be of one type, got float16, float32"
-    ):
-        ops.na2d_av(jt.zeros((1, 2, 3, 3, 9)).float16(), jt.zeros((1, 2, 3, 3, 4)), 3)
+    x, gamma, beta = jt.zeros((1, 2, 3, 3)), jt.zeros((1, 2, 1, 1)), jt.zeros((1, 2, 1, 1))
+    message = "kernels are for float32, got float16, float32, float32; use x.float32"
+    with pytest.raises(ValueError, match=message):
+        GRNFunction.apply(x.float16(), gamma, beta)
+    attn, value = jt.zeros((1, 2, 3, 3, 9)), jt.zeros((1, 2, 3, 3, 4))
+    message = "attn and value must be of one type, got float16, float32"
+    with pytest.raises(ValueError, match=message):
+        ops.na2d_av(attn.float16(), value, 3)
     norm = BatchNorm2d(2)
     norm.train()
     norm.running_mean, norm.running_var = norm.running_mean.float16(), norm.running_var.float16()
     with pytest.raises(ValueError, match="statistics must be float32"):
-        norm(jt.zeros((1, 2, 3, 3)))
+        norm(x)
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -460,13 +404,8 @@ def test_shapes_that_do_not_fit_are_refused():
         Conv2d(3, 8, 3, padding=1)(jt.zeros((1, 4, 8, 8)))
     with pytest.raises(ValueError, match="smaller than the kernel"):
         Conv2d(3, 8, 3, stride=2)(jt.zeros((1, 3, 2, 2)))
-    for layer in (
-        ResDWConv(3),
-        BatchNorm2d(3),
-        LayerNorm2d(3),
-        GRN(3),
-        DilatedReparamBlock(3, 7, deploy=False),
-    ):
+    block = DilatedReparamBlock(3, 7, deploy=False)
+    for layer in (ResDWConv(3), BatchNorm2d(3), LayerNorm2d(3), GRN(3), block):
         with pytest.raises(ValueError, match="3 channels got 4"):
             layer(jt.zeros((1, 4, 8, 8)))
         layer.eval()

@@ -23,17 +23,18 @@ def distance(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
+def normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
 def build(variant, **kwargs):
     return models.OverLoCK(**models.VARIANTS[variant], **kwargs)
 
 
 def with_formula_weights(variant, **kwargs):
     model = build(variant, **kwargs)
-    load_model(
-        model,
-        {key: formula(key, value.shape) for key, value in model_arrays(model).items()},
-        "formula",
-    )
+    weights = {key: formula(key, value.shape) for key, value in model_arrays(model).items()}
+    load_model(model, weights, "formula")
     return model
 
 
@@ -43,18 +44,16 @@ def test_state_dict_is_the_official_one(variant):
     model = factory(num_classes=20 if variant == "xxt" else 1000)
     expected = json.loads((REFERENCE / f"overlock_{variant}_state_dict.json").read_text())
     assert {key: list(value.shape) for key, value in model_arrays(model).items()} == expected
-    names = {
-        key
-        for key in expected
-        if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
-    }
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    names = {key for key in expected if not key.endswith(statistics)}
     assert set(trainable(model)) == names
 
 
 @pytest.mark.parametrize("variant, size", CASES)
 def test_reference_values(impl, variant, size):
-    """Evaluation logits; training outputs, loss, every gradient, BatchNorm's statistics: within 20
-    times the float32 error that the official model itself has on the same case.
+    """Outputs, loss, every gradient and BatchNorm's statistics are the official model's.
+
+    They lie within 20 times the float32 error that the official model itself has on the same case.
     """
     z = np.load(REFERENCE / f"{variant}_{size}.npz")
 
@@ -63,55 +62,55 @@ def test_reference_values(impl, variant, size):
 
     model = with_formula_weights(variant, num_classes=int(z["num_classes"]))
     images, target = impl.array(z["input"]), z["target"].astype(np.int64)
+
+    # Evaluation: the logits.
     model.eval()
     with impl.no_grad():
         within("eval_logits", impl.numpy(model(images)))
+
+    # Training: both outputs and the loss.
     model.train()
     output = model(images)
     loss, _, _ = train.losses(output, target, DEFAULTS)
-    names = [str(name) for name in z["param_names"]]
-    parameters = trainable(model)
-    assert set(names) == set(parameters)
-    grads = impl.gradients(
-        loss, np.ones(impl.numpy(loss).shape, np.float32), [parameters[name] for name in names]
-    )
     within("train_main", impl.numpy(output["main"]))
     within("train_aux", impl.numpy(output["aux"]))
     within("loss", impl.numpy(loss).reshape(()))
+
+    # The gradient of every parameter: its norm, and its projection on a fixed random direction.
+    names = [str(name) for name in z["param_names"]]
+    parameters = trainable(model)
+    assert set(names) == set(parameters)
+    ones = np.ones(impl.numpy(loss).shape, np.float32)
+    grads = impl.gradients(loss, ones, [parameters[name] for name in names])
     grads = {name: grad.astype(np.float64) for name, grad in zip(names, grads)}
     norms = np.array([np.linalg.norm(grads[name]) for name in names])
+    projections = [(grads[name] * projection(name, grads[name].shape)).sum() for name in names]
     within("grad_norm", norms, floor=2e-5)
-    # One distance over all parameters would hide a wrong gradient of a small one, so each by itself
-    # too; but for the biases (one parameter in seven) whose influence a normalisation takes away: 0
-    # but for rounding.
+    within("grad_projection", projections, floor=2e-5)
+
+    # One distance over all parameters would hide a wrong gradient of a small one, so each norm by
+    # itself too. Left out are the biases, one parameter in seven, whose influence a normalisation
+    # takes away: their gradient is 0 but for rounding.
     counts = z["grad_norm"] > 1e-6 * z["grad_norm"].max()
     assert counts.mean() > 0.8
-    worst = np.abs(norms / z["grad_norm"] - 1)[counts].max()
-    assert worst < 1e-3, [
-        name for name, ratio in zip(names, norms / z["grad_norm"]) if abs(ratio - 1) >= 1e-3
-    ]
-    within(
-        "grad_projection",
-        [(grads[name] * projection(name, grads[name].shape)).sum() for name in names],
-        floor=2e-5,
-    )
+    departures = np.abs(norms / z["grad_norm"] - 1)
+    wrong = [name for name, departure in zip(names, departures) if departure >= 1e-3]
+    assert departures[counts].max() < 1e-3, wrong
+
+    # BatchNorm's statistics after the training step.
     state = model_arrays(model)
-    within(
-        "buffer_mean", [state[str(name)].astype(np.float64).mean() for name in z["buffer_names"]]
-    )
+    means = [state[str(name)].astype(np.float64).mean() for name in z["buffer_names"]]
+    within("buffer_mean", means)
 
 
 def test_ten_adamw_steps():
-    """The losses before each of ten steps, by the optimizer that train.py
-    uses, follow the official model's float32 run.
+    """Before each of ten steps of train.py's optimizer the losses are those of the official run.
 
-    Limit: a rounding error of one step is carried into the next, so 20 times the float32 error of
-    one step's loss, with the usual floor, is allowed once per step taken.
+    That run is in float32 too. Each step carries its rounding error into the next, so 20 times the
+    float32 error of one step's loss, with the usual floor, is allowed once per step taken.
     """
-    z, batch = (
-        np.load(REFERENCE / "overlock_xxt_adamw_10_steps.npz"),
-        np.load(REFERENCE / "overlock_xxt_64x64.npz"),
-    )
+    z = np.load(REFERENCE / "overlock_xxt_adamw_10_steps.npz")
+    batch = np.load(REFERENCE / "overlock_xxt_64x64.npz")
     model = with_formula_weights("overlock_xxt", num_classes=int(batch["num_classes"]))
     assert DEFAULTS.lr == 1e-3 and DEFAULTS.weight_decay == 0.01
     optimizer = train.make_optimizer(model, DEFAULTS)
@@ -125,9 +124,9 @@ def test_ten_adamw_steps():
 
 
 def test_weight_decay_is_applied():
-    """0 by default in Jittor.
+    """A weight shrinks by lr * weight_decay, here a tenth, before its step.
 
-    Here lr * weight_decay is 0.1, so a weight shrinks by a tenth before its step.
+    Jittor's own default is no decay.
     """
     model = build("overlock_xxt", num_classes=2)
     before = model_arrays(model)["high_level_proj.weight"]
@@ -135,33 +134,28 @@ def test_weight_decay_is_applied():
     args = train.make_parser().parse_args(options)
     optimizer = train.make_optimizer(model, args)
     model.train()
-    images = np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32)
-    train.training_step(model, optimizer, images, np.array([0, 1]), args)
+    train.training_step(model, optimizer, normal(2, 3, 64, 64), np.array([0, 1]), args)
     after = model_arrays(model)["high_level_proj.weight"]
-    assert (
-        np.abs(after - 0.9 * before).max() <= 1.001e-3
-    )  # the step of AdamW itself is at most the learning rate
+    # AdamW's step itself is at most the learning rate.
+    assert np.abs(after - 0.9 * before).max() <= 1.001e-3
 
 
 def test_every_parameter_has_a_gradient(impl):
-    """An unused parameter would get zeros and be decayed by Jittor, and be left alone by PyTorch."""
+    """Jittor would give an unused one zeros and decay it, PyTorch would leave it alone."""
     model = with_formula_weights("overlock_xxt", num_classes=3)
     model.train()
-    output = model(
-        impl.array(np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32))
-    )
+    output = model(impl.array(normal(2, 3, 64, 64)))
     loss, _, _ = train.losses(output, np.array([0, 2]), DEFAULTS)
     parameters = trainable(model)
-    grads = impl.gradients(
-        loss, np.ones(impl.numpy(loss).shape, np.float32), list(parameters.values())
-    )
+    ones = np.ones(impl.numpy(loss).shape, np.float32)
+    grads = impl.gradients(loss, ones, list(parameters.values()))
     assert all(np.isfinite(grad).all() for grad in grads)
     assert [name for name, grad in zip(parameters, grads) if not grad.any()] == []
 
 
 def test_reparam_keeps_the_outputs(impl):
     model = with_formula_weights("overlock_xxt", num_classes=7)
-    images = impl.array(np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32))
+    images = impl.array(normal(2, 3, 64, 64))
     model.eval()
     with impl.no_grad():
         before = impl.numpy(model(images))
@@ -183,9 +177,7 @@ def test_reparam_keeps_the_outputs(impl):
 def test_features_and_logits_at_any_aspect_ratio(impl, height, width):
     model = build("overlock_xxt", num_classes=5)
     model.eval()
-    images = impl.array(
-        np.random.default_rng(0).standard_normal((2, 3, height, width)).astype(np.float32)
-    )
+    images = impl.array(normal(2, 3, height, width))
     with impl.no_grad():
         features = model.features(images)
         logits = impl.numpy(model(images))
@@ -205,15 +197,13 @@ def test_contmix_refuses_shapes_that_do_not_fit(impl):
         x=(1, 16, 7, 9),
     )
 
+    def zeros(shape):
+        return impl.array(np.zeros(shape, np.float32))
+
     def run(bias_size=34, **shapes):
-        tensors = {
-            name: impl.array(np.zeros(shape, np.float32))
-            for name, shape in {**fitting, **shapes}.items()
-        }
-        bias = impl.array(np.zeros(bias_size, np.float32))
-        return module("contmix").contmix(
-            **{**tensors, "proj": SimpleNamespace(weight=tensors["proj"], bias=bias)}
-        )
+        inputs = {name: zeros(shape) for name, shape in {**fitting, **shapes}.items()}
+        inputs["proj"] = SimpleNamespace(weight=inputs["proj"], bias=zeros(bias_size))
+        return module("contmix").contmix(**inputs)
 
     assert tuple(run().shape) == fitting["x"]
     for wrong in (
@@ -235,14 +225,10 @@ def test_contmix_refuses_shapes_that_do_not_fit(impl):
 
 
 def test_dynamic_conv_size(impl):
-    """At least the kernel; otherwise the official rounding, also
-    where it rounds down to less than the kernel.
-    """
+    """At least the kernel: the official rounding, but the kernel where that rounds to less."""
     block = build("overlock_xxt", num_classes=2).sub_blocks3[0]  # kernel 9
-    sizes = [
-        block.dynamic_conv_size(*size)
-        for size in ((9, 9), (4, 4), (6, 10), (10, 6), (2, 10), (12, 9))
-    ]
+    maps = ((9, 9), (4, 4), (6, 10), (10, 6), (2, 10), (12, 9))
+    sizes = [block.dynamic_conv_size(*size) for size in maps]
     assert sizes == [(9, 9), (9, 9), (9, 15), (15, 9), (9, 45), (12, 9)]
     block.kernel_size = 15
     assert block.dynamic_conv_size(11, 11) == (15, 15)
@@ -266,15 +252,13 @@ def test_initial_weights_follow_the_seed(impl):
     model.init_weights(3)
     third = model_arrays(model)
     assert all(np.array_equal(first[key], third[key]) for key in first)
-    weight = first["blocks1.0.proj.4.weight"]
-    expected = 0.02 * np.random.default_rng([3, crc32(b"blocks1.0.proj.4.weight")]).standard_normal(
-        weight.shape
-    )
-    assert np.array_equal(weight, expected.astype(np.float32))
-    assert not np.array_equal(weight, second["blocks1.0.proj.4.weight"])
-    assert (first["blocks1.0.dwconv.bias"] == 0).all() and (
-        first["sub_blocks3.0.ls1.weight"] == 1
-    ).all()
+    key = "blocks1.0.proj.4.weight"
+    generator = np.random.default_rng([3, crc32(key.encode())])
+    expected = 0.02 * generator.standard_normal(first[key].shape)
+    assert np.array_equal(first[key], expected.astype(np.float32))
+    assert not np.array_equal(first[key], second[key])
+    assert (first["blocks1.0.dwconv.bias"] == 0).all()
+    assert (first["sub_blocks3.0.ls1.weight"] == 1).all()
 
 
 def test_drop_path_drops_whole_samples_in_training_only(impl):

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-REFERENCE = Path(__file__).parent / "reference"
+TESTS = Path(__file__).parent
+RESULTS = ("out", "grad_attn", "grad_value")
 
 
 def error(actual, expected):
@@ -18,9 +19,7 @@ def error(actual, expected):
 
 
 def definition(attn, value, K):
-    """na2d_av forward and backward, as loops over every pixel and its
-    neighbours, in the precision of the arrays.
-    """
+    """na2d_av forward and backward: loops over pixels and neighbours in the arrays' precision."""
     B, heads, H, W, _ = value.shape
 
     def neighbours(i, j):
@@ -56,17 +55,16 @@ def run(impl, attn, value, K, grad_out):
 
 @pytest.mark.parametrize("case", range(6))
 def test_reference_values(impl, case):
-    z = np.load(REFERENCE / "na2d_av.npz")
-    attn, value, K, grad_out = (
-        z[f"case{case}_{name}"] for name in ("attn", "value", "kernel_size", "grad_out")
-    )
+    z = np.load(TESTS / "reference" / "na2d_av.npz")
+    names = ("attn", "value", "kernel_size", "grad_out")
+    attn, value, K, grad_out = (z[f"case{case}_{name}"] for name in names)
     results = run(impl, attn, value, int(K), grad_out)
-    for actual, name in zip(results, ("out", "grad_attn", "grad_value")):
+    for actual, name in zip(results, RESULTS):
         assert error(actual, z[f"case{case}_{name}"]) < 2e-6, name
 
 
-# (B, heads, H, W, dim), K: every block of channels (16, 8, 4, 2, 1), kernels as large as the map, K
-# = 1, thin maps, and maps large enough to be cut into tiles of which the last is not full.
+# (B, heads, H, W, dim), K: every block of channels (16, 8, 4, 2, 1), kernels as large as the map,
+# K = 1, thin maps, and maps large enough to be cut into tiles of which the last is not full.
 SHAPES = [
     ((2, 3, 5, 5, 1), 5),
     ((1, 2, 6, 11, 3), 3),
@@ -87,9 +85,8 @@ def test_definition_in_float64(impl, shape, K):
     value, grad_out = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
     forward, backward = definition(attn.astype(np.float64), value.astype(np.float64), K)
     expected = [forward(), *backward(grad_out.astype(np.float64))]
-    for actual, wanted, name in zip(
-        run(impl, attn, value, K, grad_out), expected, ("out", "grad_attn", "grad_value")
-    ):
+    results = run(impl, attn, value, K, grad_out)
+    for actual, wanted, name in zip(results, expected, RESULTS):
         assert error(actual, wanted) < 2e-6, name
 
 
@@ -107,15 +104,11 @@ def test_definition_in_float64(impl, shape, K):
     ],
 )
 def test_wrong_shapes_are_named(impl, attn, value, K, why):
+    arrays = [impl.array(np.zeros(shape, np.float32)) for shape in (attn, value)]
     with pytest.raises(ValueError) as caught:
-        impl.module("ops").na2d_av(
-            impl.array(np.zeros(attn, np.float32)), impl.array(np.zeros(value, np.float32)), K
-        )
-    assert (
-        why in str(caught.value)
-        and str(attn) in str(caught.value)
-        and str(value) in str(caught.value)
-    )
+        impl.module("ops").na2d_av(*arrays, K)
+    message = str(caught.value)
+    assert why in message and str(attn) in message and str(value) in message
 
 
 def test_natten_itself(impl):
@@ -129,9 +122,8 @@ def test_natten_itself(impl):
         K = int(generator.choice([3, 5, 7, 9, 13]))
         B, heads, H, W, dim = generator.integers([1, 1, K, K, 1], [3, 4, 31, 31, 20])
         attn = generator.standard_normal((B, heads, H, W, K * K)).astype(np.float32)
-        value, grad_out = (
-            generator.standard_normal((B, heads, H, W, dim)).astype(np.float32) for _ in range(2)
-        )
+        shape = (B, heads, H, W, dim)
+        value, grad_out = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
         results = []
         for name in ("natten", "dense"):
             backend.set_na2d_backend(name)
@@ -139,7 +131,7 @@ def test_natten_itself(impl):
                 results.append(run(impl, attn, value, K, grad_out))
             finally:
                 backend.set_na2d_backend("auto")
-        for natten, ours, name in zip(*results, ("out", "grad_attn", "grad_value")):
+        for natten, ours, name in zip(*results, RESULTS):
             assert error(ours, natten) < 2e-6, (name, value.shape, K)
 
 
@@ -147,17 +139,17 @@ CUDA_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat1
 
 
 def cuda_calls(impl, dtype, monkeypatch):
-    """{(header, code, types of the inputs, types of the outputs)} of the operators of jittor_impl
-    for the GPU, and of their gradients, on maps of `dtype`; the norms with parameters of `dtype`
-    and of float32.
+    """{(header, code, types of the inputs, types of the outputs)} of jittor_impl's GPU operators.
+
+    Those of their gradients too, on maps of `dtype`; the norms have parameters of `dtype` and of
+    float32 in turn.
     """
     functions, nn = impl.module("aligned.functions"), impl.module("aligned.nn")
     types, jt, calls = impl.module("aligned.launch").TYPES, impl.jt, set()
 
     def record(shapes, dtypes, inputs, cpu_header, cpu_src, cuda_header, cuda_src, data):
-        calls.add(
-            (cuda_header, cuda_src, tuple(str(v.dtype) for v in inputs), tuple(map(str, dtypes)))
-        )
+        in_types, out_types = tuple(str(v.dtype) for v in inputs), tuple(map(str, dtypes))
+        calls.add((cuda_header, cuda_src, in_types, out_types))
         return [jt.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
 
     monkeypatch.setattr(jt, "code", record)
@@ -180,15 +172,16 @@ def cuda_calls(impl, dtype, monkeypatch):
     for out in outputs:
         jt.grad(out.float32().sum(), [x, attn, value])
     monkeypatch.undo()
-    # na2d_av and its gradients; depthwise convolution with and without bias, the latter that of the
-    # gradient too; three norms.
+    # na2d_av and its two gradients; depthwise convolution and the gradient of its weight, with bias
+    # and without (the gradient of x is a convolution without); three norms and their gradients.
     assert len(calls) == 3 + 4 + (6 if dtype == "float32" else 12)
     return calls
 
 
 def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
-    """Where nvcc is installed, with or without a GPU: what Jittor would compile on one, for every
-    operator and type, compiles for A100 and H100 in Jittor's C++14.
+    """Every operator, for every type, compiles for A100 and H100 in Jittor's C++14.
+
+    It is what Jittor would compile on a GPU; nvcc has to be installed, but no GPU.
     """
     if impl.name != "jittor":
         pytest.skip("only jittor_impl has kernels of its own")
@@ -196,62 +189,37 @@ def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
     if not nvcc:
         pytest.skip("no nvcc on this machine")
     calls = sorted(call for dtype in CUDA_TYPES for call in cuda_calls(impl, dtype, monkeypatch))
-    lines = [
-        "#include <cuda_bf16.h>",
-        "#include <cuda_fp16.h>",
-        "#include <map>",
-        "#include <string>",
-    ]
+    headers = ("cuda_bf16.h", "cuda_fp16.h", "map", "string")
+    lines = [f"#include <{header}>" for header in headers]
     lines += dict.fromkeys(line for header, *_ in calls for line in header.splitlines())
     for i, (_, code, inputs, outputs) in enumerate(calls):
-        names = [f"in{k}_p" for k in range(len(inputs))] + [
-            f"out{k}_p" for k in range(len(outputs))
-        ]
-        arguments = ", ".join(
-            f"{CUDA_TYPES[dtype]}* {name}" for dtype, name in zip(inputs + outputs, names)
-        )
-        lines.append(
-            f"void call{i}({arguments}, std::map<std::string, double>& data) "
-            f"{{ typedef {CUDA_TYPES[inputs[0]]} in0_type; {code} }}"
-        )
+        names = [f"in{k}_p" for k in range(len(inputs))]
+        names += [f"out{k}_p" for k in range(len(outputs))]
+        types = [CUDA_TYPES[dtype] for dtype in inputs + outputs]
+        arguments = ", ".join(f"{type_}* {name}" for type_, name in zip(types, names))
+        head = f"void call{i}({arguments}, std::map<std::string, double>& data)"
+        lines.append(f"{head} {{ typedef {types[0]} in0_type; {code} }}")
     source = tmp_path / "kernels.cu"
     source.write_text("\n".join(lines))
-    command = [
-        nvcc,
-        "-std=c++14",
-        "--use_fast_math",
-        "-c",
-        "-gencode",
-        "arch=compute_80,code=sm_80",
-        "-gencode",
-        "arch=compute_90,code=sm_90",
-        "-o",
-        str(tmp_path / "kernels.o"),
-        str(source),
-    ]
+    command = [nvcc, "-std=c++14", "--use_fast_math", "-c"]
+    for capability in (80, 90):
+        command += ["-gencode", f"arch=compute_{capability},code=sm_{capability}"]
+    command += ["-o", str(tmp_path / "kernels.o"), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 def test_cuda_kernels_on_a_cpu(impl, tmp_path):
-    """Thread by thread, in two orders and all types, the CUDA kernels compute what the CPU kernels
-    do: where there is no GPU too, their logic is tested.
+    """Thread by thread, in two orders, for all types, CUDA kernels compute what CPU kernels do.
+
+    Their logic is thus tested where there is no GPU too.
     """
     if impl.name != "jittor":
         pytest.skip("only jittor_impl has kernels of its own")
     program = tmp_path / "cuda_on_cpu"
-    command = [
-        "g++",
-        "-std=c++14",
-        "-O1",
-        "-march=native",
-        "-fopenmp",
-        "-I",
-        str(impl.module("aligned.launch").KERNELS),
-        str(Path(__file__).parent / "cuda_on_cpu.cc"),
-        "-o",
-        str(program),
-    ]
+    kernels, source = impl.module("aligned.launch").KERNELS, TESTS / "cuda_on_cpu.cc"
+    command = ["g++", "-std=c++14", "-O1", "-march=native", "-fopenmp"]
+    command += ["-I", str(kernels), str(source), "-o", str(program)]
     subprocess.run(command, check=True)
     # One thread: the CPU's kernels are too small to gain from more.
     result = subprocess.run([program], capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
@@ -264,10 +232,9 @@ def run_triton(impl, script, *options, **environment):
         pytest.skip("only torch_impl has Triton kernels")
     if not importlib.util.find_spec("triton"):
         pytest.skip("Triton is not installed")
-    command = [sys.executable, Path(__file__).parent / script, *options]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    environment = {**os.environ, **environment}
+    command = [sys.executable, TESTS / script, *options]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -287,8 +254,8 @@ def test_triton_kernels_compile(impl, tmp_path):
     run_triton(impl, "triton_compile.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
-# (on a GPU, pixels, types of the tensors, NATTEN: whether it has CUDA, or None, Triton is
-# installed), who computes.
+# (on a GPU, pixels, types of the tensors, whether NATTEN has CUDA (None: it is not installed),
+# whether Triton is installed), who computes.
 CHOICES = [
     ((True, 196, ["float32"], True, True), "natten"),
     ((True, 3136, ["float32"], True, True), "natten"),
@@ -310,25 +277,17 @@ def test_who_computes_na2d_av(impl, monkeypatch):
         pytest.skip("only torch_impl has a choice")
     backend = impl.module("kernels.backend")
     kernels = SimpleNamespace(DTYPES={impl.torch.float32, impl.torch.float16, impl.torch.bfloat16})
-    monkeypatch.setattr(
-        backend, "natten_has_cuda", backend.natten_has_cuda.__wrapped__
-    )  # which does not remember
-    for (on_gpu, pixels, dtypes, natten, triton), chosen in CHOICES:
+    has_cuda = backend.natten_has_cuda.__wrapped__  # which does not remember
+    monkeypatch.setattr(backend, "natten_has_cuda", has_cuda)
+    for case, chosen in CHOICES:
+        on_gpu, pixels, dtypes, natten, triton = case
+        package = SimpleNamespace(has_cuda=lambda natten=natten: natten)
+        monkeypatch.setattr(backend, "natten", package, raising=False)
         monkeypatch.setattr(backend, "natten_na2d_av", None if natten is None else len)
-        monkeypatch.setattr(
-            backend, "natten", SimpleNamespace(has_cuda=lambda natten=natten: natten), raising=False
-        )
-        monkeypatch.setattr(
-            backend, "triton_kernels", lambda triton=triton: kernels if triton else None
-        )
+        found = kernels if triton else None
+        monkeypatch.setattr(backend, "triton_kernels", lambda found=found: found)
         dtypes = {getattr(impl.torch, name) for name in dtypes}
-        assert backend.choose_na2d_backend(on_gpu, pixels, dtypes) == chosen, (
-            on_gpu,
-            pixels,
-            dtypes,
-            natten,
-            triton,
-        )
+        assert backend.choose_na2d_backend(on_gpu, pixels, dtypes) == chosen, case
 
 
 def test_triton_that_cannot_run(impl, monkeypatch):
@@ -336,10 +295,8 @@ def test_triton_that_cannot_run(impl, monkeypatch):
         pytest.skip("only torch_impl has Triton kernels")
     monkeypatch.setattr(impl.torch.cuda, "is_available", lambda: False)
     backend = impl.module("kernels.backend")
-    for kernels, why in (
-        (None, "Triton is not installed"),
-        (SimpleNamespace(INTERPRETED=False), "need a GPU"),
-    ):
+    compiled = SimpleNamespace(INTERPRETED=False)
+    for kernels, why in ((None, "Triton is not installed"), (compiled, "need a GPU")):
         monkeypatch.setattr(backend, "triton_kernels", lambda kernels=kernels: kernels)
         with pytest.raises(ValueError, match=why):
             backend.set_na2d_backend("triton")

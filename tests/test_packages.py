@@ -14,7 +14,7 @@ BUILD = "assert overlock_xxt(num_classes=3).eval() is not False\n"
 
 @pytest.fixture(params=["jittor", "torch"])
 def python(request):
-    """Runs the framework's Python in a folder. `python.name` is the framework."""
+    """A function that runs the framework's Python in a folder; its `name` is the framework's."""
     if "JITTOR_PYTHON" not in os.environ:
         pytest.skip("JITTOR_PYTHON is not set; `make test` sets it")
     executable = os.environ["JITTOR_PYTHON"] if request.param == "jittor" else sys.executable
@@ -64,9 +64,7 @@ def test_the_programs_run_from_anywhere(python, project):
 
 @pytest.mark.parametrize("order", [("jittor", "torch"), ("torch", "jittor")])
 def test_both_in_one_process(order, tmp_path):
-    """Where both frameworks are installed; here, the packages
-    of one environment behind the other's.
-    """
+    """With both frameworks installed: here, PyTorch's packages stand behind Jittor's."""
     if "JITTOR_PYTHON" not in os.environ:
         pytest.skip("JITTOR_PYTHON is not set; `make test` sets it")
     import torch
@@ -74,9 +72,8 @@ def test_both_in_one_process(order, tmp_path):
     packages = str(Path(torch.__file__).parent.parent)
     code = f"import sys; sys.path += [{str(ROOT)!r}, {packages!r}]\n"
     code += "import numpy as np\n"
-    code += "".join(
-        f"from {name}_impl.models import overlock_xxt as {name}_xxt\n" for name in order
-    )
+    for name in order:
+        code += f"from {name}_impl.models import overlock_xxt as {name}_xxt\n"
     code += """
 from jittor_impl.aligned.start import jt
 import torch

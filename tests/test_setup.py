@@ -1,6 +1,6 @@
 """Importing the models works by itself, and aligned/start.py mends what it finds.
 
-CUDA: test_cuda_setup.py.
+The tests of CUDA's set-up are in test_cuda_setup.py.
 """
 
 import os
@@ -17,17 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code, **environment):
-    """Run code in a process that inherits nothing but what every
-    shell has (Jittor sets variables of its own).
-    """
-    clean = {key: os.environ[key] for key in ("PATH", "HOME")}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**clean, **environment},
-    )
+    """Run code in a process that inherits only what every shell has, nothing that Jittor set."""
+    command = [sys.executable, "-c", code]
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], **environment}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def stopped(result, message):
+    """Whether the process ended as for a user's mistake: status 2, the message, no traceback."""
+    says = message in result.stderr and "Traceback" not in result.stderr
+    return result.returncode == 2 and says
 
 
 def test_second_import_takes_seconds():
@@ -39,9 +38,7 @@ def test_second_import_takes_seconds():
 
 
 def test_import_in_a_thread_keeps_the_signal_handlers():
-    """Python's signal.signal works in the main thread alone, and
-    Jittor's own handlers quit without a word.
-    """
+    """signal.signal works in the main thread alone, and Jittor's handlers quit without a word."""
     code = """
 import os, signal, subprocess, threading
 caught = []
@@ -61,15 +58,12 @@ assert caught == [2, "SIGINT"], caught
 
 
 def test_jittor_is_imported_by_start_alone():
-    """An import before it would start Jittor as it is left to
-    itself: downloads, CUDA without a GPU.
-    """
+    """An earlier import would start Jittor as it is by itself: downloads, CUDA without a GPU."""
     for path in (ROOT / "jittor_impl").rglob("*.py"):
         if path.name != "start.py":
             lines = path.read_text().splitlines()
-            assert not [
-                line for line in lines if line.startswith(("import jittor", "from jittor"))
-            ], path
+            imports = [line for line in lines if line.startswith(("import jittor", "from jittor"))]
+            assert not imports, path
 
 
 def test_operators_are_compiled_with_headers_ahead_of_them():
@@ -78,18 +72,13 @@ def test_operators_are_compiled_with_headers_ahead_of_them():
     header = flags[0].removeprefix("-include")
     assert Path(f"{header}.gch").is_file() and "asm_tuner" not in jt.flags.python_path
     options = [flag for flag in flags if not flag.startswith(("-l", "-L", "-shared"))]
-    # An operator of its own: other sources in the cache may be of kernels that have changed since,
-    # or of a deleted clone.
+    # An operator of its own: those in the cache may be of older kernels or of a deleted clone.
     mark = f"{time.time_ns()}LL"
     jt.code((1,), "float32", [], cpu_src=f"out0_p[0] = {mark};").sync()
-    source = next(
-        path for path in Path(header).parent.glob("jit/*_op.cc") if mark in path.read_text()
-    )
-    result = subprocess.run(
-        [jt.flags.cc_path, *options, "-Winvalid-pch", "-fsyntax-only", "-H", source],
-        capture_output=True,
-        text=True,
-    )
+    sources = Path(header).parent.glob("jit/*_op.cc")
+    source = next(path for path in sources if mark in path.read_text())
+    command = [jt.flags.cc_path, *options, "-Winvalid-pch", "-fsyntax-only", "-H", source]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and f"! {header}.gch" in result.stderr, result.stderr[:2000]
 
 
@@ -110,39 +99,39 @@ def test_a_link_into_a_deleted_environment_is_mended(tmp_path):
 
 
 def test_jittors_own_download_is_left_alone(tmp_path):
-    library = (
-        tmp_path / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp" / "lib" / "libmkldnn.so"
-    )
-    library.parent.mkdir(parents=True)
-    library.write_text("downloaded")
+    root = tmp_path / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp"
+    (root / "lib").mkdir(parents=True)
+    (root / "lib" / "libmkldnn.so").write_text("downloaded")
     start.provide_onednn(tmp_path)
-    assert library.read_text() == "downloaded" and not (library.parents[1] / "include").exists()
+    assert (root / "lib" / "libmkldnn.so").read_text() == "downloaded"
+    assert not (root / "include").exists()
 
 
 def test_missing_jittor_is_named():
-    code = (
-        "from importlib import metadata; version = metadata.version\n"
-        "def none(name):\n    if name == 'jittor': raise metadata.PackageNotFoundError(name)\n    return version(name)\n"
-        "metadata.version = none; import jittor_impl.aligned.start"
-    )
+    code = """
+from importlib import metadata
+version = metadata.version
+def without_jittor(name):
+    if name == "jittor":
+        raise metadata.PackageNotFoundError(name)
+    return version(name)
+metadata.version = without_jittor
+import jittor_impl.aligned.start
+"""
     result = python(code)
-    assert (
-        result.returncode == 2
-        and "requirements-jittor.txt" in result.stderr
-        and "Traceback" not in result.stderr
-    )
+    assert stopped(result, "requirements-jittor.txt"), result.stderr
 
 
 def test_numpy_2_is_refused():
-    code = "from importlib import metadata; metadata.version = lambda name: '2.1.0'; import jittor_impl.aligned.start"
+    code = """
+from importlib import metadata
+metadata.version = lambda name: "2.1.0"
+import jittor_impl.aligned.start
+"""
     result = python(code)
-    assert (
-        result.returncode == 2
-        and "pip install 'numpy<2'" in result.stderr
-        and "Traceback" not in result.stderr
-    )
+    assert stopped(result, "pip install 'numpy<2'"), result.stderr
 
 
 def test_missing_compiler_is_named(tmp_path):
     result = python("import jittor_impl.aligned.start", PATH=str(tmp_path))
-    assert result.returncode == 2 and "no g++" in result.stderr and "Traceback" not in result.stderr
+    assert stopped(result, "no g++"), result.stderr

@@ -29,25 +29,23 @@ def command(impl):
     return [sys.executable, str(ROOT / f"{impl.name}_impl" / "train.py")]
 
 
-def run(command, *options, cwd=None):
-    return subprocess.run([*command, *map(str, options)], capture_output=True, text=True, cwd=cwd)
+def run(command, *options, **how):
+    return subprocess.run([*command, *map(str, options)], capture_output=True, text=True, **how)
 
 
 def rows(path):
+    """The rows of a log.csv without the times in them."""
     with open(path) as f:
-        return [
-            {key: value for key, value in row.items() if key not in WALL_CLOCK}
-            for row in csv.DictReader(f)
-        ]
+        table = list(csv.DictReader(f))
+    return [{key: value for key, value in row.items() if key not in WALL_CLOCK} for row in table]
 
 
 @pytest.fixture(scope="module")
 def finished(impl, command, dataset, tmp_path_factory):
     """A run of three epochs, from another working directory."""
     output = tmp_path_factory.mktemp("finished")
-    result = run(
-        command, *SIZES, "--data-dir", dataset, "--epochs", 3, "--output", output, cwd=output
-    )
+    options = [*SIZES, "--data-dir", dataset, "--epochs", 3, "--output", output]
+    result = run(command, *options, cwd=output)
     assert result.returncode == 0, result.stderr
     return output, result
 
@@ -56,11 +54,8 @@ def one_line(result, *words):
     """Exit status 2 and one line on stderr that holds `words`."""
     # A slow machine takes so long to load the operators that Jittor reports its progress.
     progress = ("jittor_impl:", "Compiling Operators")
-    lines = [
-        line
-        for line in result.stderr.splitlines()
-        if line.strip() and not line.startswith(progress)
-    ]
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(progress)]
     assert result.returncode == 2 and len(lines) == 1, result.stderr
     assert lines[0].startswith("train.py: error: ")
     for word in words:
@@ -71,21 +66,14 @@ def test_files_of_a_run(impl, finished):
     output, result = finished
     with open(output / f"log{impl.suffix}.csv") as f:
         table = list(csv.DictReader(f))
-    assert list(table[0])[:6] == [
-        "train_loss",
-        "train_loss_aux",
-        "epoch_time",
-        "val_loss",
-        "acc_top1",
-        "acc_top5",
-    ]
+    columns = ["train_loss", "train_loss_aux", "epoch_time", "val_loss", "acc_top1", "acc_top5"]
+    assert list(table[0])[:6] == columns
     assert [row["epoch"] for row in table] == ["1", "2", "3"]
+    ratio = train.make_parser().get_default("aux_loss_ratio")
     for row in table:
         row = {key: float(value) for key, value in row.items()}
-        ratio = train.make_parser().get_default("aux_loss_ratio")
-        assert row["train_loss"] == pytest.approx(
-            row["train_loss_main"] + ratio * row["train_loss_aux"]
-        )
+        loss = row["train_loss_main"] + ratio * row["train_loss_aux"]
+        assert row["train_loss"] == pytest.approx(loss)
         assert 0 <= row["acc_top1"] <= row["acc_top5"] == 1
     text = (output / f"log{impl.suffix}.txt").read_text()
     for words in ("NumPy", "CPU", '"batch_size": 16', "parameters", "n01 n02 n03", "epoch 3/3"):
@@ -95,21 +83,17 @@ def test_files_of_a_run(impl, finished):
     assert len(run_info["history"]) == 3 and len(optimizer) > 100
     best = max(float(row["acc_top1"]) for row in table)
     assert run_info["best_top1"] == best
-    assert (
-        read_checkpoint(output / f"best{impl.suffix}.safetensors")[2]["history"][-1]["acc_top1"]
-        == best
-    )
+    _, _, run_info = read_checkpoint(output / f"best{impl.suffix}.safetensors")
+    assert run_info["history"][-1]["acc_top1"] == best
     assert not list(output.glob("*.tmp"))
 
 
 def test_same_seed_same_numbers(impl, command, dataset, finished, tmp_path):
-    result = run(
-        command, *SIZES, "--data-dir", dataset, "--epochs", 1, "--output", tmp_path, "--no-progress"
-    )
+    options = [*SIZES, "--data-dir", dataset, "--epochs", 1, "--output", tmp_path, "--no-progress"]
+    result = run(command, *options)
     assert result.returncode == 0, result.stderr
-    assert (
-        rows(tmp_path / f"log{impl.suffix}.csv") == rows(finished[0] / f"log{impl.suffix}.csv")[:1]
-    )
+    expected = rows(finished[0] / f"log{impl.suffix}.csv")[:1]
+    assert rows(tmp_path / f"log{impl.suffix}.csv") == expected
 
 
 def test_kill_and_resume_gives_the_numbers_of_an_unbroken_run(
@@ -123,44 +107,36 @@ def test_kill_and_resume_gives_the_numbers_of_an_unbroken_run(
             break
     process.wait()
     assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == 1
-    # The worst moment: the last checkpoint is new, CSV and text log are not yet, and a temporary
-    # file is half written.
+    # The worst moment: the last checkpoint is new, the CSV and the text log are not yet, and a
+    # temporary file is half written.
+    of_epochs = ("epoch 1/", "1", "2", "3")
     for name in ("csv", "txt"):
         path = tmp_path / f"log{impl.suffix}.{name}"
         lines = path.read_text().splitlines(True)
-        path.write_text(
-            "".join(line for line in lines if not line.startswith(("epoch 1/", "1", "2", "3")))
-        )
+        path.write_text("".join(line for line in lines if not line.startswith(of_epochs)))
     (tmp_path / f"last{impl.suffix}.safetensors.tmp").write_bytes(b"half")
 
     result = run(command, *options, "--resume")
     assert result.returncode == 0, result.stderr
     expected = finished[0]
     assert rows(tmp_path / f"log{impl.suffix}.csv") == rows(expected / f"log{impl.suffix}.csv")
-    resumed, unbroken = (
-        read_checkpoint(folder / f"last{impl.suffix}.safetensors")
-        for folder in (tmp_path, expected)
-    )
+    last = f"last{impl.suffix}.safetensors"
+    resumed, unbroken = read_checkpoint(tmp_path / last), read_checkpoint(expected / last)
     for actual, wanted in zip(resumed[:2], unbroken[:2]):
         assert actual.keys() == wanted.keys()
         assert all(np.array_equal(actual[key], wanted[key]) for key in wanted)
     text = (tmp_path / f"log{impl.suffix}.txt").read_text()
-    assert "resumed from" in text and all(
-        text.count(f"epoch {epoch}/3: train loss") == 1 for epoch in (1, 2, 3)
-    )
+    assert "resumed from" in text
+    assert all(text.count(f"epoch {epoch}/3: train loss") == 1 for epoch in (1, 2, 3))
 
 
 def interrupt_after(command, options, line_start, group=False):
-    """Start a run, press Ctrl-C after a line of output; group: as
-    a terminal does, to the compilers too.
+    """Start a run, press Ctrl-C after a line of output and return what train.py says of it.
+
+    With `group` the compilers are interrupted too, as by a terminal.
     """
-    process = subprocess.Popen(
-        [*command, *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *map(str, options)], start_new_session=True, **pipes)
     for line in process.stdout:
         if line.startswith(line_start):
             break
@@ -175,18 +151,15 @@ def interrupt_after(command, options, line_start, group=False):
 def test_interrupt_says_how_to_resume(impl, command, dataset, finished, tmp_path):
     options = [*SIZES, "--data-dir", dataset, "--output", tmp_path, "--seed", 1]
     source = finished[0] / f"last{impl.suffix}.safetensors"
-    line = interrupt_after(
-        command, [*options, "--epochs", 500, "--init", source], "epoch 1/500: train loss"
-    )
+    options += ["--epochs", 500, "--init", source]
+    line = interrupt_after(command, options, "epoch 1/500: train loss")
     words = shlex.split(line.partition("resume with: ")[2])
     assert "--init" not in words
-    # Not the rows of log.csv: Ctrl-C may come between the checkpoint, which counts, and the log,
+    # Not by the rows of log.csv: Ctrl-C may come between the checkpoint, which counts, and the log,
     # which is made again from it.
     done = read_checkpoint(tmp_path / f"last{impl.suffix}.safetensors")[2]["epoch"]
     words[words.index("--epochs") + 1] = str(done + 1)
-    result = subprocess.run(
-        words, capture_output=True, text=True
-    )  # the very command that was printed
+    result = subprocess.run(words, capture_output=True, text=True)  # the very command printed
     assert result.returncode == 0, result.stderr
     assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == done + 1
 
@@ -218,21 +191,9 @@ train.main()
 
 
 def test_interrupt_before_the_first_epoch_ends(impl, command, dataset, tmp_path):
-    # A larger model in small steps: an epoch of XXT ends within the half second that
-    # interrupt_after waits.
-    options = [
-        *SIZES,
-        "-b",
-        2,
-        "--model",
-        "overlock_xt",
-        "--data-dir",
-        dataset,
-        "--epochs",
-        500,
-        "--output",
-        tmp_path,
-    ]
+    # A larger model in small steps: XXT's epoch would end while interrupt_after waits.
+    options = [*SIZES, "-b", 2, "--model", "overlock_xt", "--epochs", 500]
+    options += ["--data-dir", dataset, "--output", tmp_path]
     assert "no epoch was finished" in interrupt_after(command, options, "overlock_xt", group=True)
 
 
@@ -246,13 +207,12 @@ def test_an_earlier_run_is_set_aside(impl, command, dataset, tmp_path):
 
 def test_the_runs_of_a_pair_are_set_aside_together(tmp_path):
     files, other = (run_files.RunFiles(tmp_path, suffix) for suffix in ("", "_torch"))
-    for round, started in enumerate(((files, other), (other, files), (files,))):
-        for run_files in started:
-            run_files.csv.write_text(str(round))
-            run_files.set_aside()
-    assert {
-        str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*csv")
-    } == {
+    for number, started in enumerate(((files, other), (other, files), (files,))):
+        for each in started:
+            each.csv.write_text(str(number))
+            each.set_aside()
+    paths = list(tmp_path.rglob("*csv"))
+    assert {str(path.relative_to(tmp_path)): path.read_text() for path in paths} == {
         f"previous-1/{files.csv.name}": "0",
         f"previous-1/{other.csv.name}": "0",
         f"previous-2/{files.csv.name}": "1",
@@ -263,103 +223,57 @@ def test_the_runs_of_a_pair_are_set_aside_together(tmp_path):
 
 def test_evaluate_repeats_the_numbers_of_the_log(impl, command, dataset, finished):
     output, _ = finished
-    result = run(
-        command,
-        *SIZES,
-        "--data-dir",
-        dataset,
-        "--evaluate",
-        output / f"last{impl.suffix}.safetensors",
-    )
+    checkpoint = output / f"last{impl.suffix}.safetensors"
+    result = run(command, *SIZES, "--data-dir", dataset, "--evaluate", checkpoint)
     last = rows(output / f"log{impl.suffix}.csv")[-1]
-    assert (
-        f"val loss {float(last['val_loss']):.4f}, top-1 {float(last['acc_top1']):.4f}"
-        in result.stdout
-    )
+    loss, top1 = float(last["val_loss"]), float(last["acc_top1"])
+    assert f"val loss {loss:.4f}, top-1 {top1:.4f}" in result.stdout
 
 
 def test_init_keeps_the_classifier_of_another_size(impl, command, dataset, finished, tmp_path):
     checkpoint = finished[0] / f"last{impl.suffix}.safetensors"
-    result = run(
-        command,
-        "--num-classes",
-        2,
-        "--train-per-class",
-        4,
-        "--val-per-class",
-        2,
-        "--epochs",
-        1,
-        "--data-dir",
-        dataset,
-        "--init",
-        checkpoint,
-        "--output",
-        tmp_path,
-    )
+    sizes = ["--num-classes", 2, "--train-per-class", 4, "--val-per-class", 2, "--epochs", 1]
+    options = ["--data-dir", dataset, "--init", checkpoint, "--output", tmp_path]
+    result = run(command, *sizes, *options)
     assert result.returncode == 0, result.stderr
-    assert (
-        "left at their initial values: head.4.weight, head.4.bias, aux_head.2.weight, aux_head.2.bias"
-        in result.stdout
-    )
-    assert [row["epoch"] for row in rows(tmp_path / f"log{impl.suffix}.csv")] == [
-        "1"
-    ]  # a history of its own
+    classifiers = "head.4.weight, head.4.bias, aux_head.2.weight, aux_head.2.bias"
+    assert f"left at their initial values: {classifiers}" in result.stdout
+    epochs = [row["epoch"] for row in rows(tmp_path / f"log{impl.suffix}.csv")]
+    assert epochs == ["1"]  # a history of its own
 
 
 def snapshot(folder):
-    return {
-        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize(
-    "batch_size, words",
-    [(16, ("the loss is", "epoch 1, step")), (36, ("the validation loss is", "epoch 1, step 1"))],
-)
+# (batch size, what is said): 36 images are one step.
+DIVERGING = [
+    (16, ("the loss is", "epoch 1, step")),
+    (36, ("the validation loss is", "epoch 1, step 1")),
+]
+
+
+@pytest.mark.parametrize("batch_size, words", DIVERGING)
 def test_loss_that_is_not_finite_stops_the_run(
     impl, command, dataset, finished, tmp_path, batch_size, words
 ):
     """In the middle of an epoch, and in its last step, which only the validation loss can tell."""
     source = finished[0] / f"last{impl.suffix}.safetensors"
-    result = run(
-        command,
-        *SIZES,
-        "-b",
-        batch_size,
-        "--data-dir",
-        dataset,
-        "--init",
-        source,
-        "--lr",
-        1e30,
-        "--output",
-        tmp_path,
-    )
+    options = [*SIZES, "-b", batch_size, "--init", source, "--lr", 1e30]
+    result = run(command, *options, "--data-dir", dataset, "--output", tmp_path)
     one_line(result, *words, "start anew with a lower --lr")
     assert "--init" not in result.stderr  # there is no checkpoint to go on from
-    assert (
-        not list(tmp_path.glob("*.safetensors"))
-        and len(rows(tmp_path / f"log{impl.suffix}.csv")) == 0
-    )
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == 0
 
 
 def test_resuming_elsewhere_overwrites_no_other_run(impl, command, dataset, finished, tmp_path):
     (tmp_path / f"log{impl.suffix}.csv").write_text("another run")
     source = finished[0] / f"last{impl.suffix}.safetensors"
     before = snapshot(finished[0])
-    result = run(
-        command,
-        *SIZES,
-        "--data-dir",
-        dataset,
-        "--epochs",
-        4,
-        "--resume",
-        source,
-        "--output",
-        tmp_path,
-    )
+    options = [*SIZES, "--data-dir", dataset, "--epochs", 4, "--resume", source]
+    result = run(command, *options, "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "previous-1" / f"log{impl.suffix}.csv").read_text() == "another run"
     assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == 4 and snapshot(finished[0]) == before
@@ -376,9 +290,8 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(impl, command, dataset, 
     options = [*SIZES, "--data-dir", dataset, "--epochs", 5, "--output", tmp_path, "--resume"]
     result = run([sys.executable, "-c", limit, *command], *options)
     one_line(result, checkpoint.parent)
-    assert checkpoint.read_bytes() == (finished[0] / checkpoint.name).read_bytes() and not list(
-        tmp_path.glob("*.tmp")
-    )
+    assert checkpoint.read_bytes() == (finished[0] / checkpoint.name).read_bytes()
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(
@@ -400,21 +313,17 @@ def test_bad_option(command, option, value):
 
 
 def test_bad_data(impl, command, dataset, tmp_path):
-    one_line(
-        run(command, "--data-dir", tmp_path / "absent", "--output", tmp_path / "out"),
-        tmp_path / "absent",
-        "prepare.py",
-    )
-    one_line(run(command, "--data-dir", dataset, "--output", tmp_path / "out"), "--num-classes")
-    assert not list((tmp_path / "out").glob("*"))
+    absent, output = tmp_path / "absent", tmp_path / "out"
+    result = run(command, "--data-dir", absent, "--output", output)
+    one_line(result, absent, "prepare.py")
+    result = run(command, "--data-dir", dataset, "--output", output)
+    one_line(result, "--num-classes")
+    assert not list(output.glob("*"))
 
 
 def test_device_that_is_not_there(impl, command, dataset, tmp_path):
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     options = [*SIZES, "--data-dir", dataset, "--output", tmp_path, "--device", "cuda"]
-    result = subprocess.run(
-        [*command, *map(str, options)], capture_output=True, text=True, env=hidden
-    )
+    result = run(command, *options, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     one_line(result, "--device cpu")
 
 
@@ -451,23 +360,9 @@ def test_data_of_another_kind_is_not_resumed(impl, command, dataset, finished, t
     annotations = tmp_path / "data" / "val" / "val_annotations.txt"
     annotations.write_text(annotations.read_text().replace("\tn03\t", "\tn04\t"))
     source = finished[0] / f"last{impl.suffix}.safetensors"
-    one_line(
-        run(
-            command,
-            *SIZES,
-            "--data-dir",
-            tmp_path / "data",
-            "--epochs",
-            4,
-            "--resume",
-            source,
-            "--output",
-            tmp_path / "out",
-        ),
-        source,
-        "other classes",
-        "--data-dir",
-    )
+    options = [*SIZES, "--data-dir", tmp_path / "data", "--epochs", 4, "--resume", source]
+    result = run(command, *options, "--output", tmp_path / "out")
+    one_line(result, source, "other classes", "--data-dir")
 
 
 def test_last_batch_too_small_for_batch_norm(impl):
@@ -481,79 +376,83 @@ def test_last_batch_too_small_for_batch_norm(impl):
 
 
 def test_output_that_cannot_be_written(command, dataset, tmp_path):
-    (tmp_path / "file").write_text("")
-    one_line(
-        run(command, *SIZES, "--data-dir", dataset, "--output", tmp_path / "file"),
-        tmp_path / "file",
-        "--output",
-    )
+    path = tmp_path / "file"
+    path.write_text("")
+    result = run(command, *SIZES, "--data-dir", dataset, "--output", path)
+    one_line(result, path, "--output")
 
 
-def test_bad_checkpoints(impl, command, dataset, finished, tmp_path):
-    good = finished[0] / f"last{impl.suffix}.safetensors"
-    options = [*SIZES, "--data-dir", dataset, "--output", tmp_path / "out"]
-    truncated, text, pth = (
-        tmp_path / "truncated.safetensors",
-        tmp_path / "text.safetensors",
-        tmp_path / "truncated.pth",
-    )
-    truncated.write_bytes(good.read_bytes()[:-1000])
-    text.write_text("not a checkpoint")
-    pth.write_bytes(b"PK\3\4 half an archive")
-    for path in (truncated, text, pth, tmp_path / "absent.safetensors"):
-        one_line(run(command, *options, "--init", path), path)
-    one_line(
-        run(command, *options, "--evaluate", good, "--num-classes", 2), good, "--num-classes 3"
-    )
-    one_line(
-        run(command, *options, "--evaluate", good, "--model", "overlock_xt"),
-        good,
-        "another model",
-        "--model",
-    )
+@pytest.fixture
+def good(impl, finished):
+    """The last checkpoint of the finished run."""
+    return finished[0] / f"last{impl.suffix}.safetensors"
+
+
+@pytest.fixture
+def refuses(command, dataset, tmp_path):
+    """A function: train.py with these options ends in one line that holds `words`."""
+
+    def check(options, *words):
+        common = [*SIZES, "--data-dir", dataset, "--output", tmp_path / "out"]
+        one_line(run(command, *common, *options), *words)
+
+    return check
+
+
+@pytest.fixture
+def untouched(finished, tmp_path):
+    """The test leaves the finished run as it was and writes no file of a run of its own."""
+    before = snapshot(finished[0])
+    yield
+    assert snapshot(finished[0]) == before
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_files_that_are_no_checkpoints_are_refused(good, refuses, untouched, tmp_path):
+    contents = {
+        "truncated.safetensors": good.read_bytes()[:-1000],
+        "text.safetensors": b"not a checkpoint",
+        "truncated.pth": b"PK\3\4 half an archive",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for name in (*contents, "absent.safetensors"):
+        refuses(["--init", tmp_path / name], tmp_path / name)
     foreign = tmp_path / "foreign.safetensors"
     save_file({"weight": np.zeros(3, np.float32)}, foreign)
-    one_line(run(command, *options, "--init", foreign), foreign, "not a checkpoint of train.py")
-    arrays = {f"model.{key}": value for key, value in read_checkpoint(good)[0].items()}
-    save_file(arrays, foreign, metadata={"run": "[1, 2]"})
-    one_line(run(command, *options, "--resume", foreign), foreign)
-    save_file(arrays, foreign)
-    one_line(run(command, *options, "--resume", foreign), foreign, "--init")
-    one_line(run(command, *options, "--resume"), "nothing to resume")
-    one_line(run(command, *options, "--init", "x" * 300), "check the path")
-    assert snapshot(finished[0])[Path(good.name)] == good.read_bytes() and not list(
-        (tmp_path / "out").glob("*")
-    )
-    one_line(run(command, *options, "--resume", good, "--epochs", 9, "--seed", 1), "--seed 0")
-    one_line(run(command, *options, "--resume", good, "--epochs", 3), "--epochs")
-    one_line(run(command, *options, "--resume", good, "--init", good), "exclude")
+    refuses(["--init", foreign], foreign, "not a checkpoint of train.py")
+    refuses(["--init", "x" * 300], "check the path")
+
+
+def test_a_checkpoint_of_another_model_is_refused(good, refuses, untouched):
+    refuses(["--evaluate", good, "--num-classes", 2], good, "--num-classes 3")
+    refuses(["--evaluate", good, "--model", "overlock_xt"], good, "another model", "--model")
+
+
+def test_only_a_run_can_be_resumed(good, refuses, untouched, tmp_path):
+    weights = {f"model.{key}": value for key, value in read_checkpoint(good)[0].items()}
+    foreign = tmp_path / "foreign.safetensors"
+    save_file(weights, foreign, metadata={"run": "[1, 2]"})
+    refuses(["--resume", foreign], foreign)
+    save_file(weights, foreign)
+    refuses(["--resume", foreign], foreign, "--init")
+    refuses(["--resume"], "nothing to resume")
+
+
+def test_options_that_contradict_the_resumed_run_are_refused(good, refuses):
+    refuses(["--resume", good, "--epochs", 9, "--seed", 1], "--seed 0")
+    refuses(["--resume", good, "--epochs", 3], "--epochs")
+    refuses(["--resume", good, "--init", good], "exclude")
 
 
 def test_drawn_sample_is_learned_above_chance(impl, command, tmp_path):
     """What `make demo` shows: three epochs on the drawn sample, five classes, chance 0.2."""
     sample = tmp_path / "sample"
-    subprocess.run(
-        [sys.executable, ROOT / "data" / "prepare.py", "--sample", "--output", sample],
-        check=True,
-        capture_output=True,
-    )
-    result = run(
-        command,
-        "-b",
-        16,
-        "--num-classes",
-        5,
-        "--train-per-class",
-        64,
-        "--val-per-class",
-        16,
-        "--epochs",
-        3,
-        "--data-dir",
-        sample,
-        "--output",
-        tmp_path,
-    )
+    prepare = [sys.executable, ROOT / "data" / "prepare.py", "--sample", "--output", sample]
+    subprocess.run(prepare, check=True, capture_output=True)
+    sizes = ["-b", 16, "--num-classes", 5, "--train-per-class", 64, "--val-per-class", 16]
+    options = [*sizes, "--epochs", 3, "--data-dir", sample, "--output", tmp_path]
+    result = run(command, *options)
     assert result.returncode == 0, result.stderr
     top1 = [float(row["acc_top1"]) for row in rows(tmp_path / f"log{impl.suffix}.csv")]
     # 80 images: chance is 16 right, and 28 or more happen by chance in one run of a thousand.

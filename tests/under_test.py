@@ -1,6 +1,6 @@
-"""Which framework is under test:
+"""The framework under test: OVERLOCK_TESTS (jittor or torch), else the one that is installed.
 
-OVERLOCK_TESTS=jittor or torch (tests/run.py sets it), else what is installed.
+tests/run.py sets OVERLOCK_TESTS.
 """
 
 import os

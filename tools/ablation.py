@@ -1,12 +1,11 @@
 """Put a defect of the published Jittor port back into our Jittor model (docs/why-it-drifted.md).
 
-python tools/ablation.py DEFECT [options of train.py]    train with that defect; DEFECT: none,
-    residual, window,
-                                                        decay, layers, all
-python tools/ablation.py errors                          print the error that each causes in its
-    layer
-python tools/ablation.py draw FOLDER                     draw FOLDER/DEFECT/log.csv of all of
-    them (needs matplotlib)
+python tools/ablation.py DEFECT [options of train.py]
+    train with that defect; DEFECT: none, residual, window, decay, layers, all
+python tools/ablation.py errors
+    print the error that each causes in its layer
+python tools/ablation.py draw FOLDER
+    draw FOLDER/DEFECT/log.csv of all of them (needs matplotlib)
 """
 
 import argparse
@@ -19,16 +18,14 @@ sys.path.insert(0, str(ROOT))
 
 
 def lose_residual():
-    """ResDWConv overrides `forward`; Jittor calls `execute`, which stays that of the convolution."""
+    """ResDWConv overrides `forward`; Jittor calls `execute`, which stays the convolution's."""
     from jittor_impl import layers
 
     layers.ResDWConv.execute = layers.Conv2d.execute
 
 
 def rows_read(size, kernel_size):
-    """(size, K): which of `size` rows the published expression
-    reads for each pixel and each offset.
-    """
+    """(size, K): which of `size` rows the published expression reads for each pixel and offset."""
     import numpy as np
 
     half, offset = kernel_size // 2, np.arange(kernel_size)
@@ -37,24 +34,22 @@ def rows_read(size, kernel_size):
 
 
 def read_one_pixel(attn, value, kernel_size):
-    """na2d_av with the published indices: along each axis all neighbours
-    are one pixel, unless the window ends at the last.
+    """na2d_av with the published indices.
+
+    Along each axis all neighbours are one pixel, unless the window ends at the last.
     """
     B, heads, H, W, dim = value.shape
     rows, cols = rows_read(H, kernel_size), rows_read(W, kernel_size)
-    window = value[
-        :, :, rows[:, None, :, None], cols[None, :, None, :]
-    ]  # (B, heads, H, W, K, K, dim)
-    window = window.reshape(
-        B, heads, H, W, kernel_size**2, dim
-    )  # (B, heads, H, W, K, K, dim) -> (B, heads, H, W, K*K, dim)
+    # (B, heads, H, W, K, K, dim) -> (B, heads, H, W, K*K, dim)
+    window = value[:, :, rows[:, None, :, None], cols[None, :, None, :]]
+    window = window.reshape(B, heads, H, W, kernel_size**2, dim)
     return (attn.unsqueeze(-1) * window).sum(-2)  # (B, heads, H, W, dim)
 
 
 def misread_the_window():
-    """C reads `a ? b : c + d` as `a ? b :
+    """C reads `a ? b : c + d` as `a ? b : (c + d)`.
 
-    (c + d)`: the offset is added only where the window was shifted from below.
+    So the offset is added only where the window was shifted from below.
     """
     from jittor_impl import contmix
 
@@ -111,36 +106,31 @@ def print_errors():
         return float(np.abs(wrong.numpy() - right.numpy()).max() / np.abs(right.numpy()).max())
 
     block, x = layers.ResDWConv(24), normal(16, 24, 16, 16)
-    print(
-        f"1 a residual depthwise convolution without its residual: {error(aligned.Conv2d.execute(block, x), block(x)):.2f}"
-    )
+    off = error(aligned.Conv2d.execute(block, x), block(x))
+    print(f"1 a residual depthwise convolution without its residual: {off:.2f}")
     for size, kernel in ((9, 9), (9, 5), (7, 5), (14, 13), (28, 5)):
-        attn, value = (
-            nn.softmax(normal(4, 2, size, size, kernel**2), dim=-1),
-            normal(4, 2, size, size, 12),
-        )
+        attn = nn.softmax(normal(4, 2, size, size, kernel**2), dim=-1)
+        value = normal(4, 2, size, size, 12)
         wrong, right = read_one_pixel(attn, value, kernel), ops.na2d_av(attn, value, kernel)
         print(f"2 na2d_av, kernel {kernel} on a {size}x{size} map: {error(wrong, right):.2f}")
     print(
-        f"3 a weight after 3140 steps without decay (lr 1e-3, 0.01): {1 - (1 - 1e-5) ** 3140:.3f} of it is not taken away"
+        "3 a weight after 3140 steps without decay (lr 1e-3, 0.01): "
+        f"{1 - (1 - 1e-5) ** 3140:.3f} of it is not taken away"
     )
     x = normal(16, 32, 9, 9)
-    print(
-        f"4 adaptive pooling 9 -> 7: {error(nn.AdaptiveAvgPool2d(7)(x), aligned.AdaptiveAvgPool2d(7)(x)):.2f}"
-    )
+    off = error(nn.AdaptiveAvgPool2d(7)(x), aligned.AdaptiveAvgPool2d(7)(x))
+    print(f"4 adaptive pooling 9 -> 7: {off:.2f}")
     for ratio in (1, 20, 200):
         stock, ours = nn.BatchNorm2d(24), aligned.BatchNorm2d(24)
         x = normal(16, 24, 4, 4) + ratio
-        right = x.numpy().astype(np.float64) - x.numpy().mean(
-            (0, 2, 3), dtype=np.float64, keepdims=True
-        )
+        mean = x.numpy().mean((0, 2, 3), dtype=np.float64, keepdims=True)
+        right = x.numpy().astype(np.float64) - mean
         right /= np.sqrt((right**2).mean((0, 2, 3), keepdims=True) + 1e-5)
         for name, layer in (("Jittor's", stock), ("ours", ours)):
             off = np.abs(layer(x).numpy() - right).max() / np.abs(right).max()
             print(f"4 BatchNorm, mean {ratio} times the spread, {name}: {off:.1e}")
-        print(
-            f"4 its running variance after a batch of 256 pixels: {error(stock.running_var, ours.running_var):.1e}"
-        )
+        off = error(stock.running_var, ours.running_var)
+        print(f"4 its running variance after a batch of 256 pixels: {off:.1e}")
 
 
 def draw(folder):

@@ -1,5 +1,6 @@
-"""Print docs/performance.md's table of times from
-logs/reference/bench.csv: python tools/bench_table.py.
+"""Print docs/performance.md's table of times: python tools/bench_table.py.
+
+Reads logs/reference/bench.csv.
 """
 
 import csv
@@ -17,9 +18,8 @@ def cell(milliseconds):
     if not milliseconds:
         return ""
     value = float(milliseconds)
-    return (
-        f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-    )
+    decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{decimals}f}"
 
 
 def rows():

@@ -51,8 +51,9 @@ class Jittor:
         return [parameter.opt_grad(optimizer).numpy() for parameter in parameters]
 
     def record(self, module, store):
-        """Call store(output) after each call of `module`, if
-        inference calls it: a hook would prevent fusing.
+        """Call store(output) after each call of `module`, which inference may leave out by fusing.
+
+        Not by a hook, which would prevent fusing.
         """
         run = module.execute
 

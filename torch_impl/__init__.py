@@ -1,3 +1,1 @@
-"""OverLoCK in PyTorch: models.py is the network, train.py the
-program. jittor_impl is the same in Jittor.
-"""
+"""OverLoCK in PyTorch (jittor_impl: in Jittor). models.py is the network, train.py the program."""

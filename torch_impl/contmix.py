@@ -10,12 +10,10 @@ from .ops import na2d_av
 
 @lru_cache(maxsize=16)  # a detector's maps come in many sizes, 80 MB for one of 200x320
 def relative_position_index(height, width, kernel_size):
-    """Where in a (2K-1, 2K-1) table stands the bias of each
-    neighbour of each pixel (K = kernel_size).
+    """Where in a (2K-1, 2K-1) table stand the biases of each pixel's neighbours (K = kernel_size).
 
-    The window of a pixel is shifted at the borders, not clipped, so its first row lies between 0
-    and K-1 rows above the pixel. Returns integers of shape (height, width, K*K), each below
-    (2K-1)**2.
+    At the borders a window is shifted, not clipped, so its first row lies 0 to K-1 rows above its
+    pixel. Returns integers of shape (height, width, K*K), each below (2K-1)**2.
     """
 
     def offsets(size):
@@ -36,17 +34,17 @@ def position_bias(rpb, height, width):
 
 
 def contmix(query, key, proj, rpb1, rpb2, x):
-    """Convolve x by kernels made at each pixel: half of the channels by
-    small ones (k1 x k1), half by large (k2 x k2).
+    """Convolve x by kernels made at each pixel: half of the channels by small ones, half by large.
 
-    A pixel's kernels are a mixture, by its affinity to the S*S regions of the context prior, of
-    learned kernels.
+    A pixel's kernels, k1 x k1 and k2 x k2, are mixtures of learned kernels, by its affinity to the
+    S*S regions of the context prior.
 
     Args:
-        query (B, dim/2, H, W); key (B, dim/2, S, S); proj: the 1x1 convolution from S*S
-            affinities to k1² + k2² weights;
-        rpb1 (heads, 2*k1-1, 2*k1-1), rpb2 (heads, 2*k2-1, 2*k2-1): relative position biases; x
-            (B, dim, H, W).
+        query: (B, dim/2, H, W)
+        key: (B, dim/2, S, S)
+        proj: the 1x1 convolution from S*S affinities to k1² + k2² weights
+        rpb1, rpb2: relative position biases, (heads, 2*k1-1, 2*k1-1) and (heads, 2*k2-1, 2*k2-1)
+        x: (B, dim, H, W)
     Returns:
         (B, dim, H, W)
     Raises:
@@ -66,16 +64,16 @@ def contmix(query, key, proj, rpb1, rpb2, x):
     ]
     if min(H, W) < max(k1, k2) or C % (2 * heads) or Q % heads or shapes != fitting:
         raise ValueError(
-            f"contmix: x {tuple(x.shape)}, {heads} heads, kernels {k1} and {k2}; query, key, proj's weight and bias, "
-            f"rpb1 and rpb2 {shapes} do not fit, {fitting} would, where no kernel is larger than the map"
+            f"contmix: x {tuple(x.shape)}, {heads} heads, kernels {k1} and {k2}; query, key, "
+            f"proj's weight and bias, rpb1 and rpb2 {shapes} do not fit, {fitting} would, "
+            "where no kernel is larger than the map"
         )
     # (B, dim/2, H, W) -> (B, heads, dim/2/heads, H*W) -> (B, heads, H*W, dim/2/heads)
     query = query.reshape(B, heads, -1, H * W).transpose(2, 3)
-    key = key.reshape(
-        B, heads, query.shape[3], -1
-    )  # (B, dim/2, S, S) -> (B, heads, dim/2/heads, S*S)
-    # The 1x1 convolution over the S*S affinities of a pixel is a linear map of the last axis, (k1²
-    # + k2², S*S).
+    # (B, dim/2, S, S) -> (B, heads, dim/2/heads, S*S)
+    key = key.reshape(B, heads, query.shape[3], -1)
+    # The 1x1 convolution over a pixel's S*S affinities is a linear map of the last axis, by
+    # proj.weight (k1² + k2², S*S, 1, 1) -> (k1² + k2², S*S).
     weight = linear(query @ key, proj.weight.flatten(1), proj.bias)
     # (B, heads, H*W, k1² + k2²) -> (B, heads, H, W, k1² + k2²)
     weight = weight.reshape(B, heads, H, W, k1**2 + k2**2)

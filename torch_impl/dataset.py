@@ -1,8 +1,6 @@
-"""TinyImageNet in memory: read once, checked before training
-starts, then batches by seed and epoch.
+"""TinyImageNet in memory: read once, checked before training, then batches by seed and epoch.
 
-Nothing here depends on a framework: batches are NumPy arrays, bit by bit the same in both
-implementations.
+Nothing here depends on a framework: both implementations get the same NumPy arrays, bit by bit.
 """
 
 import sys
@@ -19,7 +17,7 @@ STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
 class TinyImageNet:
-    """One split.
+    """One split of the data set.
 
     `images` (N, H, W, 3) uint8, `labels` (N,) int64, `classes` the WordNet ids in sorted order.
     """
@@ -33,11 +31,10 @@ class TinyImageNet:
         return len(self.labels)
 
     def batches(self, batch_size, seed=None, epoch=None):
-        """Yield images (n, 3, H, W) float32, normalised, and labels
-        (n,); the last batch may be smaller.
+        """Yield images (n, 3, H, W) float32, normalised, and labels (n,).
 
         With a seed: shuffled, half of the images flipped left to right, by NumPy's
-        default_rng([seed, epoch]). Without: in order, unflipped.
+        default_rng([seed, epoch]). Without: in order, unflipped. The last batch may be smaller.
         """
         order = np.arange(len(self))
         flip = np.zeros(len(self), bool)
@@ -53,10 +50,10 @@ class TinyImageNet:
 
 
 def normalise(images):
-    """(n, H, W, 3) uint8 -> (n, 3, H, W) float32 with ImageNet's mean 0 and standard deviation 1."""
+    """(n, H, W, 3) uint8 -> (n, 3, H, W) float32, where ImageNet has mean 0 and deviation 1."""
     images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # (n, H, W, 3) -> (n, 3, H, W)
-    scale = (1 / (255 * STD)).reshape(1, 3, 1, 1)
-    shift = (MEAN / STD).reshape(1, 3, 1, 1)
+    scale = (1 / (255 * STD)).reshape(1, 3, 1, 1)  # (3,) -> (1, 3, 1, 1)
+    shift = (MEAN / STD).reshape(1, 3, 1, 1)  # (3,) -> (1, 3, 1, 1)
     return images * scale - shift
 
 
@@ -71,38 +68,30 @@ def load(data_dir, num_classes, train_per_class, val_per_class, progress=True):
     train_dir, val_dir = data_dir / "train", data_dir / "val"
     if not data_dir.is_dir():
         raise InputError(
-            f"no data set at {data_dir}; python data/prepare.py downloads it, --data-dir names another place"
+            f"no data set at {data_dir}; python data/prepare.py downloads it, "
+            "--data-dir names another place"
         )
     if not train_dir.is_dir() or not (val_dir / "val_annotations.txt").is_file():
         raise InputError(
             f"{data_dir} is not TinyImageNet: it lacks train/ or val/val_annotations.txt; "
             "python data/prepare.py makes the right layout"
         )
-    available = sorted(
-        p.name for p in train_dir.iterdir() if p.is_dir() and not p.name.startswith(".")
-    )
+    folders = [p.name for p in train_dir.iterdir() if p.is_dir()]
+    available = sorted(name for name in folders if not name.startswith("."))
     if num_classes > len(available):
-        raise InputError(
-            f"{train_dir} has {len(available)} classes, {num_classes} were asked for; lower --num-classes"
-        )
+        has = f"{train_dir} has {len(available)} classes"
+        raise InputError(f"{has}, {num_classes} were asked for; lower --num-classes")
     classes = available[:num_classes]
 
     train_paths, val_paths = [], []
     annotated = read_annotations(val_dir)
     for wnid in classes:
         images = sorted(p for p in (train_dir / wnid / "images").glob("*") if p.is_file())
-        train_paths.append(
-            take(
-                images,
-                train_per_class,
-                f"training images in {train_dir / wnid}",
-                "--train-per-class",
-            )
-        )
+        what = f"training images in {train_dir / wnid}"
+        train_paths.append(take(images, train_per_class, what, "--train-per-class"))
         images = annotated.get(wnid, [])
-        val_paths.append(
-            take(images, val_per_class, f"validation images of class {wnid}", "--val-per-class")
-        )
+        what = f"validation images of class {wnid}"
+        val_paths.append(take(images, val_per_class, what, "--val-per-class"))
     splits = []
     for paths in (train_paths, val_paths):
         labels = [label for label, images in enumerate(paths) for _ in images]
@@ -120,9 +109,8 @@ def load(data_dir, num_classes, train_per_class, val_per_class, progress=True):
 def take(images, count, what, option):
     """The first `count` of `images`."""
     if len(images) < count:
-        remedy = (
-            f"lower {option}" if images else "python data/prepare.py --verify checks the data set"
-        )
+        verify = "python data/prepare.py --verify checks the data set"
+        remedy = f"lower {option}" if images else verify
         raise InputError(f"{len(images)} {what}, {count} were asked for; {remedy}")
     return images[:count]
 
@@ -135,21 +123,18 @@ def read_annotations(val_dir):
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise InputError(
-            f"{path} is not a text file; python data/prepare.py --zip FILE unpacks the data set again"
+            f"{path} is not a text file; "
+            "python data/prepare.py --zip FILE unpacks the data set again"
         ) from None
     for number, line in enumerate(lines, 1):
         fields = line.split("\t")  # file, class, left, top, right, bottom
         if not line.strip():
             continue
-        if (
-            len(fields) != 6
-            or not fields[0]
-            or not fields[1]
-            or not all(f.strip().isdecimal() for f in fields[2:])
-        ):
+        has_box = len(fields) == 6 and all(f.strip().isdecimal() for f in fields[2:])
+        if not has_box or not fields[0] or not fields[1]:
             raise InputError(
-                f"{path}, line {number}: expected file, class and box separated by tabs, got {line[:60]!r}; "
-                "mend the line or unpack the data set again"
+                f"{path}, line {number}: expected file, class and box separated by tabs, "
+                f"got {line[:60]!r}; mend the line or unpack the data set again"
             )
         annotated.setdefault(fields[1], []).append(val_dir / "images" / fields[0])
     return annotated
@@ -160,12 +145,10 @@ def decode_one(path):
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (
-        Exception
-    ) as error:  # missing, truncated, no image: Pillow raises what its decoders happen to raise
-        reason = getattr(error, "strerror", None) or (
-            "truncated" if "truncated" in str(error) else "not an image"
-        )
+    except Exception as error:
+        # Missing, truncated, no image: Pillow raises what its decoders happen to raise.
+        content = "truncated" if "truncated" in str(error) else "not an image"
+        reason = getattr(error, "strerror", None) or content
         raise InputError(
             f"cannot read image {path} ({reason}); replace it, or unpack the data set again "
             "(python data/prepare.py --verify lists every broken file)"
@@ -177,22 +160,16 @@ def decode(paths, progress):
     images = None
     pool = ThreadPoolExecutor()  # Pillow decodes outside Python's lock
     try:
-        decoded = pool.map(decode_one, paths)
-        bar = tqdm(
-            decoded,
-            total=len(paths),
-            desc="reading images",
-            unit="image",
-            leave=False,
-            disable=not progress or not sys.stderr.isatty(),
-        )
+        hidden = not progress or not sys.stderr.isatty()
+        options = dict(desc="reading images", unit="image", leave=False, disable=hidden)
+        bar = tqdm(pool.map(decode_one, paths), total=len(paths), **options)
         for i, image in enumerate(bar):
             if images is None:
                 images = np.empty((len(paths), *image.shape), np.uint8)
             if image.shape != images.shape[1:]:
                 raise InputError(
-                    f"{paths[i]} is {image.shape[1]}x{image.shape[0]} pixels, the images before it are "
-                    f"{images.shape[2]}x{images.shape[1]}; resize it"
+                    f"{paths[i]} is {image.shape[1]}x{image.shape[0]} pixels, "
+                    f"the images before it are {images.shape[2]}x{images.shape[1]}; resize it"
                 )
             images[i] = image
     finally:

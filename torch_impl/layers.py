@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Sequential
 from torch.nn.functional import layer_norm
 
-# (kernel size, dilation) of the parallel branches beside a large kernel (UniRepLKNet, arXiv
-# 2311.15599, section 3.1).
+# The parallel branches beside a large kernel: its size, then (kernel size, dilation) of each branch
+# (UniRepLKNet, arXiv 2311.15599, section 3.1).
 DILATED_BRANCHES = {
     5: ((3, 1), (3, 2)),
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),
@@ -63,9 +63,8 @@ class LayerScale(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
-        return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(
-            1, -1, 1, 1
-        )  # (C, ...) -> (1, C, 1, 1)
+        x = x * self.weight.reshape(1, -1, 1, 1)  # (C, 1, 1, 1) -> (1, C, 1, 1)
+        return x + self.bias.reshape(1, -1, 1, 1)  # (C,) -> (1, C, 1, 1)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -89,14 +88,10 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
 
     def forward(self, x):
-        # As vector_norm, which is slow on channels-last maps: where a channel is 0,
-        # its norm's gradient is 0, not NaN.
-        wide = (
-            x.float() if x.dtype == torch.float16 else x
-        )  # where 1e-30 is 0 and 256 * 256 infinite
-        gx = torch.sqrt(torch.clamp((wide * wide).sum((2, 3), keepdim=True), min=1e-30)).to(
-            x.dtype
-        )  # (B, C, 1, 1)
+        wide = x.float() if x.dtype == torch.float16 else x  # there 1e-30 is 0, 256**2 infinite
+        squares = (wide * wide).sum((2, 3), keepdim=True)  # (B, C, 1, 1)
+        # As vector_norm, slow on channels-last maps: a channel that is 0 has gradient 0, not NaN.
+        gx = torch.sqrt(torch.clamp(squares, min=1e-30)).to(x.dtype)
         nx = gx / (gx.mean(dim=1, keepdim=True) + 1e-6)
         return (self.gamma * nx + 1) * x + self.beta
 
@@ -112,9 +107,7 @@ class ResDWConv(Conv2d):
 
 
 def fuse_bn(conv, bn):
-    """Weight and bias of the convolution that equals `bn(conv(x))`
-    in evaluation mode; `conv` has no bias.
-    """
+    """Weight and bias of a convolution that is `bn(conv(x))` in evaluation; `conv` has no bias."""
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     # scale (C,) -> (C, 1, 1, 1), as the weight (C, 1, K, K)
     return conv.weight * scale.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
@@ -126,17 +119,15 @@ def branch_names(kernel_size, dilation):
 
 
 class DilatedReparamBlock(nn.Module):
-    """A large depthwise kernel and parallel dilated small ones
-    (UniRepLKNet), each with its BatchNorm, summed.
+    """UniRepLKNet's sum of a large depthwise kernel and small dilated ones, each with a BatchNorm.
 
     `deploy=True` builds the merged form, one depthwise convolution with a bias.
     """
 
     def __init__(self, dim, kernel_size, deploy):
         super().__init__()
-        self.lk_origin = Conv2d(
-            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy
-        )
+        padding = kernel_size // 2
+        self.lk_origin = Conv2d(dim, dim, kernel_size, padding=padding, groups=dim, bias=deploy)
         self.dilated = () if deploy else DILATED_BRANCHES[kernel_size]
         if not deploy:
             self.origin_bn = BatchNorm2d(dim)
@@ -158,10 +149,7 @@ class DilatedReparamBlock(nn.Module):
         if not self.dilated:
             return self.lk_origin(x)
         (conv, bn), *others = self.branches()
-        out = bn(conv(x))
-        for conv, bn in others:
-            out = out + bn(conv(x))
-        return out
+        return sum((bn(conv(x)) for conv, bn in others), bn(conv(x)))
 
     @torch.no_grad()
     def merge_dilated_branches(self):
@@ -173,8 +161,7 @@ class DilatedReparamBlock(nn.Module):
         weight, bias = fuse_bn(conv, bn)
         for (k, r), (conv, bn) in zip(self.dilated, others):
             branch_weight, branch_bias = fuse_bn(conv, bn)
-            # A k x k kernel with dilation r is a dense one whose taps stand r apart around the same
-            # centre.
+            # A k x k kernel with dilation r is a dense one, taps r apart around the same centre.
             reach = r * (k // 2)
             taps = slice(large_k // 2 - reach, large_k // 2 + reach + 1, r)
             weight[:, :, taps, taps] += branch_weight

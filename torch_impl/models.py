@@ -2,12 +2,12 @@
 
 Three sub-networks (paper, section 3.1):
 
-    image -> Base-Net (patch_embed1-3, blocks1-3) -> x, the mid-level features at stride 16
-         x -> Overview-Net (patch_embed4, blocks4) -> overview, a coarse view of the scene at
-             stride 32
-    x, overview -> Focus-Net (sub_blocks3, patch_embedx, sub_blocks4): looks at x again, guided
-        by the
-                   context prior ctx, which it refines on the way
+    image       -> Base-Net     -> x         (patch_embed1-3, blocks1-3)
+    x           -> Overview-Net -> overview  (patch_embed4, blocks4)
+    x, overview -> Focus-Net    -> logits    (sub_blocks3, patch_embedx, sub_blocks4, head)
+
+x are the mid-level features, at stride 16; overview is a coarse view of the scene, at stride 32.
+Focus-Net looks at x again, guided by the context prior ctx, which it refines on the way.
 
 ctx is the paper's P_i, the context prior at block i. ctx0 is P_0, the first one, a projection of
 the overview; every block but the first mixes it in again. (The official code and the state-dict
@@ -118,8 +118,7 @@ class RepConvBlock(nn.Module):
 
 
 class DynamicConvBlock(nn.Module):
-    """The block of Focus-Net, with ContMix, context-mixing
-    dynamic convolution (paper, section 3.2).
+    """The block of Focus-Net with ContMix, context-mixing dynamic convolution (paper, section 3.2).
 
     Half of the heads apply a dynamic kernel of `smk_size`, half one of `kernel_size`. The kernel at
     a pixel is a mixture, by the affinity of the pixel (query) to the 7x7 regions of the context
@@ -230,14 +229,13 @@ class DynamicConvBlock(nn.Module):
         return torch.split(x, self.dims, dim=1)  # (B, dim, H, W), (B, ctx_dim, H, W)
 
     def dynamic_conv(self, x, x_f):
-        """ContMix of the values x (B, dim, H, W), with kernels
-        made from x_f (B, dim + ctx_dim, H, W).
-        """
+        """ContMix of x (B, dim, H, W), with kernels made from x_f (B, dim + ctx_dim, H, W)."""
         H, W = x.shape[2:]
         h, w = self.dynamic_conv_size(H, W)
         if (h, w) != (H, W):
-            # (B, dim, H, W) -> (B, dim, h, w), (B, dim + ctx_dim, H, W) -> (B, dim + ctx_dim, h, w)
+            # (B, dim, H, W) -> (B, dim, h, w)
             x = interpolate(x, size=(h, w), mode="bilinear", align_corners=False)
+            # (B, dim + ctx_dim, H, W) -> (B, dim + ctx_dim, h, w)
             x_f = interpolate(x_f, size=(h, w), mode="bilinear", align_corners=False)
 
         query, key = torch.split(x_f, self.dims, dim=1)  # (B, dim, h, w), (B, ctx_dim, h, w)
@@ -247,14 +245,11 @@ class DynamicConvBlock(nn.Module):
         return x if (h, w) == (H, W) else adaptive_avg_pool2d(x, (H, W))  # (B, dim, H, W)
 
     def dynamic_conv_size(self, H, W):
-        """Size of the map for the dynamic convolution: at least the
-        kernel, the aspect ratio (about) kept.
-        """
+        """Size of the map to convolve: at least the kernel, the aspect ratio (about) kept."""
         K = self.kernel_size
         if min(H, W) >= K:
             return H, W
-        # Written as in the official code, for the same rounding; the max() mends 15 / 11 * 11,
-        # which it makes 14.
+        # As in the official code, for the same rounding; max() mends int(15 / 11 * 11) == 14.
         return (K, max(K, int(K / H * W))) if H < W else (max(K, int(K / W * H)), K)
 
 
@@ -288,12 +283,7 @@ class OverLoCK(nn.Module):
         super().__init__()
         ctx_dim = embed_dim[3] // 4
         self.num_classes = num_classes
-        self.feature_dims = (
-            embed_dim[0],
-            embed_dim[1],
-            embed_dim[2] + ctx_dim,
-            embed_dim[3] + ctx_dim,
-        )
+        self.feature_dims = (*embed_dim[:2], embed_dim[2] + ctx_dim, embed_dim[3] + ctx_dim)
         drop_path = iter(np.linspace(0, drop_path_rate, sum(depth) + sum(sub_depth)).tolist())
 
         self.patch_embed1 = stem(in_chans, embed_dim[0])
@@ -314,9 +304,8 @@ class OverLoCK(nn.Module):
             for j in range(last + 1):
                 settings = *kernels, heads, ratio, ls_init_value[i], next(drop_path)
                 place = dict(is_first=(i, j) == (2, 0), is_last=(i, j) == (3, last))
-                blocks.append(
-                    DynamicConvBlock(embed_dim[i], ctx_dim, *settings, **place, deploy=deploy)
-                )
+                block = DynamicConvBlock(embed_dim[i], ctx_dim, *settings, **place, deploy=deploy)
+                blocks.append(block)
             return blocks
 
         self.blocks1 = base_stage(0)
@@ -381,18 +370,14 @@ class OverLoCK(nn.Module):
         ctx = ctx0_at_16
         for block in self.sub_blocks3:
             x3, ctx = block(x3, ctx, ctx0_at_16)
-        x4, ctx4 = self.patch_embedx(
-            x3, ctx
-        )  # (B, embed_dim[3], H/32, W/32), (B, ctx_dim, H/32, W/32)
+        # (B, embed_dim[3], H/32, W/32), (B, ctx_dim, H/32, W/32)
+        x4, ctx4 = self.patch_embedx(x3, ctx)
         for block in self.sub_blocks4:
             x4, ctx4 = block(x4, ctx4, ctx0)
         return x1, x2, torch.cat([x3, ctx], dim=1), x4, overview
 
     def features(self, x):
-        """The four maps that a detector or a segmenter builds on:
-
-        (B, feature_dims[i], H/2**(i+2), W/2**(i+2)).
-        """
+        """Four maps for a detector or a segmenter: (B, feature_dims[i], H/2**(i+2), W/2**(i+2))."""
         return self.stages(x)[:4]
 
     def forward(self, x):

@@ -1,6 +1,4 @@
-"""What a run prints while an epoch is under way: a tqdm bar on a
-terminal, a few plain lines in a file or a pipe.
-"""
+"""What a run prints during an epoch: a tqdm bar on a terminal, a few lines in a file or a pipe."""
 
 import sys
 import time
@@ -21,9 +19,8 @@ class Progress:
     def __init__(self, title, images, shown):
         on_terminal = sys.stderr.isatty()
         self.title, self.images, self.seen = title, images, 0
-        self.bar = tqdm(
-            total=images, desc=title, unit="image", leave=False, disable=not (shown and on_terminal)
-        )
+        hidden = not (shown and on_terminal)
+        self.bar = tqdm(total=images, desc=title, unit="image", leave=False, disable=hidden)
         self.plain = shown and not on_terminal
         self.start = time.perf_counter()
         self.next_line = images / 5
@@ -37,9 +34,8 @@ class Progress:
             self.next_line += self.images / 5
             rate = self.seen / (time.perf_counter() - self.start)
             left = (self.images - self.seen) / rate
-            say(
-                f"{self.title}: {self.seen}/{self.images} images, loss {loss:.3f}, {rate:.0f} images/s, {left:.0f} s left"
-            )
+            done = f"{self.title}: {self.seen}/{self.images} images"
+            say(f"{done}, loss {loss:.3f}, {rate:.0f} images/s, {left:.0f} s left")
 
     def __enter__(self):
         return self

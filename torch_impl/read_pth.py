@@ -2,7 +2,9 @@
 
 A .pth file is a pickle, and unpickling runs what the file says. This reader builds tensors,
 containers and numbers; any other class in the file, such as the argparse.Namespace that timm saves,
-becomes an empty object.
+becomes an empty object. torch_impl does not use torch.load(weights_only=True) instead, because this
+file must be the same in both folders, Jittor's environment has no PyTorch, and weights_only refuses
+the files with other objects (such as argparse.Namespace) that timm writes.
 """
 
 import io
@@ -45,10 +47,7 @@ def rebuild_tensor(storage, offset, size, stride, *_):
 
 
 def read(path):
-    """The object in the file at `path`, tensors as arrays.
-
-    Raises ValueError if it is not such a file.
-    """
+    """Read the object in `path`, tensors as arrays. Raises ValueError if it is not such a file."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")

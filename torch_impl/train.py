@@ -70,7 +70,7 @@ def make_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    count, path = number(int, 1), dict(type=Path, metavar="CHECKPOINT")
+    count, seed, path = number(int, 1), number(int, 0), dict(type=Path, metavar="CHECKPOINT")
     data_dir = ROOT / "data" / "tiny-imagenet-200"
     add("-b", "--batch-size", type=count, default=64, help="images per step")
     add("--aux-loss-ratio", type=number(float, 0), default=0.4, help="weight of the auxiliary loss")
@@ -82,32 +82,19 @@ def make_parser():
     add("--num-classes", type=count, default=20, help="use the first classes in sorted order")
     add("--train-per-class", type=count, default=500, help="training images of each class")
     add("--val-per-class", type=count, default=50, help="validation images of each class")
-    add(
-        "--seed",
-        type=number(int, 0),
-        default=0,
-        help="of initial weights, order of images and flips",
-    )
+    add("--seed", type=seed, default=0, help="of initial weights, order of images and flips")
     add("--output", type=Path, default=ROOT / "logs", help="folder for logs and checkpoints")
     add("--init", **path, help="start from these weights: ours, or an official .pth")
-    last = f"last{SUFFIX}.safetensors"
-    add(
-        "--resume",
-        **path,
-        nargs="?",
-        const=Path(),
-        help=f"continue a stopped run, by default from {last} in --output",
-    )
+    resume = f"continue a stopped run, by default from last{SUFFIX}.safetensors in --output"
+    add("--resume", **path, nargs="?", const=Path(), help=resume)
     add("--evaluate", **path, help="only measure this checkpoint on the validation images")
     devices = ("auto", "cpu", "cuda")
     add("--device", choices=devices, default="auto", help="auto takes the GPU if there is one")
-    add(
-        "--na2d",
-        choices=backend.BACKENDS,
-        default="auto",
-        help="who computes na2d_av: NATTEN, our dense product, our Triton kernels, or auto: on a GPU "
-        "NATTEN if built for it, else Triton for large maps; else dense",
+    na2d = (
+        "who computes na2d_av: NATTEN, our dense product, our Triton kernels, or auto: "
+        "on a GPU NATTEN if built for it, else Triton for large maps; else dense"
     )
+    add("--na2d", choices=backend.BACKENDS, default="auto", help=na2d)
     add("--no-progress", action="store_true", help="print one line per epoch and nothing between")
     return parser
 
@@ -189,10 +176,7 @@ def diverged(what, epoch, step):
 
 
 def train_one_epoch(model, optimizer, data, args, epoch):
-    """One pass over `data`.
-
-    Returns the means over its images of the losses, as the log names them.
-    """
+    """One pass over `data`. Returns the losses' means over its images, as the log names them."""
     model.train()
     total_main = total_aux = seen = 0
     title = f"epoch {epoch}/{args.epochs}"
@@ -215,8 +199,7 @@ def train_one_epoch(model, optimizer, data, args, epoch):
 def evaluate(model, data, args):
     """Main head on `data`: {"val_loss": mean cross entropy, "acc_top1", "acc_top5": fractions}.
 
-    Loss and ranks in NumPy and float64: what is measured is then the same function in both
-    frameworks.
+    Loss and ranks in NumPy and float64: both frameworks then measure with the same function.
     """
     model.eval()
     loss = top1 = top5 = 0
@@ -234,7 +217,7 @@ def evaluate(model, data, args):
 
 
 def check_resumable(run, args, path):
-    """Raise InputError unless `args` are those of the run that the checkpoint at `path` belongs to."""
+    """Raise InputError unless `args` are those of the run that wrote the checkpoint at `path`."""
     if not run:
         raise InputError(f"{path} has weights only; use it with --init")
     for name in RUN_ARGUMENTS:
@@ -248,9 +231,7 @@ def check_resumable(run, args, path):
 
 
 def check_last_batch(train, batch_size):
-    """BatchNorm needs two values per channel: no last batch of
-    one image with one pixel at stride 32.
-    """
+    """BatchNorm needs two values per channel: refuse a last batch of one pixel at stride 32."""
     pixels = int(np.prod([-(-size // 32) for size in train.images.shape[1:3]]))
     if (len(train) - 1) % batch_size == 0 and pixels == 1:
         raise InputError(
@@ -328,10 +309,7 @@ def start(args, files, device_name):
 
 
 def fit(model, optimizer, train, val, run, args, files):
-    """The epochs that are left.
-
-    After each, last.safetensors, the logs and perhaps best.safetensors.
-    """
+    """The epochs left. After each, last.safetensors, the logs and perhaps best.safetensors."""
     history = run["history"]
     steps_per_epoch = -(-len(train) // args.batch_size)
     best = max((row["acc_top1"] for row in history), default=-1)

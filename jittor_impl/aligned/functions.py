@@ -1,9 +1,8 @@
-"""Functions with kernels of their own, forward and backward: what
-Jittor would compile as dozens of operators.
+"""Functions with kernels of their own, each in place of dozens of Jittor's operators.
 
 Fewer operators are fewer minutes of compiling at the first run and fewer passes over memory at
-every other. The classes named ...Function are those kernels with their gradients. Where a kernel is
-for the CPU alone, or does not take every shape, the function in small letters beside it chooses
+every other. The classes named ...Function are those kernels, forward and backward. Where a kernel
+is for the CPU alone, or does not take every shape, the function in small letters beside it chooses
 between the kernel and Jittor's own operators.
 
 Shapes are (B, C, H, W) unless a comment says otherwise.
@@ -25,7 +24,7 @@ def without_gradient():
 
 
 class NA2dAVFunction(jt.Function):
-    """`na2d_av` of ops.py: attn (B, heads, H, W, K*K), value (B, heads, H, W, dim) -> like value."""
+    """`ops.na2d_av`: attn (B, heads, H, W, K*K), value (B, heads, H, W, dim) -> like value."""
 
     headers = (
         ("neighbourhood.h", "lanes.h", "product.h", "na2d_av_cpu.h"),
@@ -50,7 +49,7 @@ class NA2dAVFunction(jt.Function):
 
 
 class ContMixFunction(jt.Function):
-    """`contmix` of contmix.py as one kernel.
+    """`contmix.contmix` as one kernel.
 
     proj_weight (k1² + k2², S*S, 1, 1) and proj_bias (k1² + k2²,) are those of its 1x1 convolution.
     """
@@ -126,8 +125,9 @@ class DepthwiseConvFunction(jt.Function):
 
 
 def fits_gpu(kernel_size, dilation):
-    """Whether the GPU's depthwise kernels take it: 256 strips of 4 taps
-    and 48 KiB of shared memory (depthwise_cuda.h).
+    """Whether the GPU's depthwise kernels take it.
+
+    They take fewer than 256 strips of 4 taps, in 48 KiB of shared memory (depthwise_cuda.h).
     """
     side = 16 + 2 * dilation * (kernel_size // 2)
     shared = 4 * (side**2 + max(256, kernel_size**2))
@@ -135,9 +135,7 @@ def fits_gpu(kernel_size, dilation):
 
 
 def keeps_size(conv):
-    """Whether `conv` is depthwise, odd, the same along both
-    axes, and its output as large as its input.
-    """
+    """Whether `conv` is depthwise, odd, the same along both axes, and keeps the size of the map."""
     (k, k2), (d, d2) = conv.kernel_size, conv.dilation
     same = (d * (k // 2),) * 2
     return (
@@ -150,11 +148,10 @@ def keeps_size(conv):
 
 
 class DenseConvFunction(jt.Function):
-    """torch's conv2d with one group: x (B, C, H, W), weight (O, C,
-    K, L), bias (O,) or None -> (B, O, H', W').
+    """torch's conv2d with one group.
 
-    Jittor's own, oneDNN's, adds its bias by further operators and takes half as long again
-    (docs/performance.md).
+    x (B, C, H, W), weight (O, C, K, L), bias (O,) or None -> (B, O, H', W'). Jittor's own uses
+    oneDNN, adds the bias by further operators and takes half as long again (docs/performance.md).
     """
 
     headers = ("lanes.h", "product.h", "inference_cpu.h", "convolution_cpu.h"), ()
@@ -255,8 +252,8 @@ def bias_and_norm(conv, norm, inputs):
 def fused_convolution(x, conv, norm=None, activation=None):
     """activation(norm(conv(x))) as one kernel; a BatchNorm2d or None, one of ACTIVATIONS or None.
 
-    For inference on a CPU, and a convolution that `has_fused_kernel`: uses the running statistics,
-    has no gradient.
+    For inference on a CPU, and a convolution that `has_fused_kernel`: it uses the running
+    statistics and has no gradient.
     """
     check_channels("Conv2d", x, conv.in_channels)
     if not is_dense(conv):
@@ -285,8 +282,8 @@ def merged_depthwise(x, branches, activation=None):
     """activation(sum of norm(conv(x)) over `branches`) as one convolution.
 
     branches: pairs of a depthwise convolution that `keeps_size` and a BatchNorm2d or None, the one
-    with the largest kernel first and not dilated. For inference on a CPU: uses the running
-    statistics, has no gradient.
+    with the largest kernel first and not dilated. For inference on a CPU: it uses the running
+    statistics and has no gradient.
     """
     check_channels("Conv2d", x, branches[0][0].in_channels)
     inputs, parts = [x], []
@@ -299,8 +296,8 @@ def merged_depthwise(x, branches, activation=None):
     numbers = ", ".join(f'(int)data["{name}"]' for name in sizes)
     code = (
         f"overlock::Branch branches[] = {{{', '.join(parts)}}};\n"
-        f"overlock::merged_depthwise(in0_p, branches, {len(branches)}, {ACTIVATIONS[type(activation)]}, "
-        f"out0_p, {numbers});"
+        f"overlock::merged_depthwise(in0_p, branches, {len(branches)}, "
+        f"{ACTIVATIONS[type(activation)]}, out0_p, {numbers});"
     )
     headers = DepthwiseConvFunction.headers[0], ()
     return run_code(headers, (code, ""), inputs, [(x.shape, x.dtype)], sizes)[0]
@@ -335,16 +332,14 @@ def separable(x, rows, cols):
     """rows @ x @ cols.T: (B, C, H, W), (h, H), (w, W) -> (B, C, h, w).
 
     Pooling and interpolation are linear and act on each axis by itself. As two products with small
-    constant matrices they are exact to rounding, gradients included, with no scatter in the
-    backward pass.
+    constant matrices they are exact to rounding, gradients included, and need no scatter backward.
     """
     if has_kernel(SeparableFunction):
         return SeparableFunction.apply(x, rows, cols)
     B, C, H, W = x.shape
     h, w = rows.shape[0], cols.shape[0]
-    x = jt.matmul(
-        x.reshape(B * C * H, W), cols.transpose(0, 1)
-    )  # (B, C, H, W) -> (B*C*H, W) -> (B*C*H, w)
+    # (B, C, H, W) -> (B*C*H, W) -> (B*C*H, w)
+    x = jt.matmul(x.reshape(B * C * H, W), cols.transpose(0, 1))
     # (B*C*H, w) -> (B*C, H, w) -> (B*C, w, H) -> (B*C*w, H)
     x = x.reshape(B * C, H, w).transpose(1, 2).reshape(B * C * w, H)
     x = jt.matmul(x, rows.transpose(0, 1))  # (B*C*w, h)
@@ -359,9 +354,9 @@ def adaptive_avg_pool2d(x, size):
 
 
 def interpolate(x, size, mode, align_corners):
-    """torch.nn.functional.interpolate, mode "bilinear" with align_corners=False:
+    """torch.nn.functional.interpolate: (B, C, H, W) -> (B, C, *size).
 
-    (B, C, H, W) -> (B, C, *size).
+    For mode "bilinear" with align_corners=False alone.
     """
     if mode != "bilinear" or align_corners:
         raise ValueError(
@@ -377,8 +372,9 @@ def constant(array):
 
 @cache
 def pooling_matrix(size, out_size):
-    """(out_size, size): output i is the mean of inputs floor(i*size/out_size) to
-    ceil((i+1)*size/out_size) - 1.
+    """(out_size, size): output i is the mean of a window of the inputs.
+
+    The window goes from floor(i*size/out_size) to ceil((i+1)*size/out_size) - 1.
     """
     matrix = np.zeros((out_size, size), np.float32)
     for i in range(out_size):
@@ -389,9 +385,7 @@ def pooling_matrix(size, out_size):
 
 @cache
 def bilinear_matrix(size, out_size):
-    """(out_size, size): output i samples the input at (i + 0.5)
-    * size / out_size - 0.5, not below 0.
-    """
+    """(out_size, size): output i samples the input at max((i + 0.5) * size / out_size - 0.5, 0)."""
     matrix = np.zeros((out_size, size), np.float32)
     scale = np.float32(size) / np.float32(out_size)
     for i in range(out_size):
@@ -407,15 +401,14 @@ NORM_HEADERS = ("norm_cpu.h",), ("cuda_launch.h", "cuda_sum.h", "norm_cuda.h")
 
 
 def norm_chunks(x):
-    """Into how many parts the GPU cuts the sums over a channel of
-    x: a block for every 2048 values of it.
-    """
+    """Into how many parts the GPU cuts the sums over a channel of x: one for every 2048 values."""
     return min(max(-(-x.shape[0] * x.shape[2] * x.shape[3] // 2048), 1), 1024)
 
 
 def norm_backward(kernel, saved, grad_y):
-    """Gradients of x, weight and bias, by a kernel of
-    NORM_HEADERS; saved: x, weight, mean, inv_std.
+    """Gradients of x, weight and bias by a kernel of NORM_HEADERS.
+
+    saved: x, weight, mean, inv_std.
     """
     x, weight, _, _ = saved
     B, C, H, W = x.shape
@@ -434,8 +427,7 @@ def norm_backward(kernel, saved, grad_y):
 class BatchNormFunction(jt.Function):
     """BatchNorm of a batch x (B, C, H, W), variance in two passes.
 
-    Returns y and the new running mean and (unbiased) variance, all of them float32 (C,), which have
-    no gradient.
+    Returns y, and the new running mean and (unbiased) variance, float32 (C,), without a gradient.
     """
 
     headers = NORM_HEADERS
@@ -470,8 +462,9 @@ class BatchNormFunction(jt.Function):
 
 
 class LayerNormFunction(jt.Function):
-    """LayerNorm of each pixel of x (B, C, H, W) over its channels,
-    variance in two passes; weight and bias (C,).
+    """LayerNorm of each pixel of x (B, C, H, W) over its channels, variance in two passes.
+
+    weight and bias are (C,).
     """
 
     headers = NORM_HEADERS

@@ -1,7 +1,6 @@
 """Runs the kernels of kernels/: which device has one, which types it takes, and the C++ call of it.
 
-The kernels are C++ and CUDA files. Jittor compiles them at the first call and again when they
-change.
+The kernels are C++ and CUDA files. Jittor compiles them at the first call and after a change.
 """
 
 from functools import cache
@@ -20,9 +19,7 @@ def on_gpu():
 
 
 def has_kernel(function, *maps):
-    """Whether `function`, a jt.Function with `headers`, has a kernel
-    for the device and for the types of `maps`.
-    """
+    """Whether `function`, a class with `headers`, has a kernel for the device and `maps`' types."""
     return bool(function.headers[on_gpu()]) and all(x.dtype in TYPES[on_gpu()] for x in maps)
 
 
@@ -35,9 +32,7 @@ def check_types(name, *inputs):
 
 
 def check_channels(name, x, *counts):
-    """Raise ValueError, with the shape, unless x (B, C, H, W) has
-    as many channels as each of `counts` says.
-    """
+    """Raise ValueError, with the shape, unless each of `counts` is the C of x (B, C, H, W)."""
     for count in counts:
         if x.shape[1] != count:
             raise ValueError(f"{name} of {count} channels got {x.shape[1]}, shape {tuple(x.shape)}")
@@ -54,20 +49,21 @@ def cast(x, dtype):
 def launch(
     kernel, headers, inputs, outputs, numbers, scratch=(), gpu_numbers=None, as_struct=False
 ):
-    """Run overlock::`kernel`(inputs, outputs, numbers), on a GPU overlock::`kernel`(inputs,
-    outputs, scratch, numbers, gpu_numbers, stream).
+    """Run the C++ function overlock::`kernel`.
+
+    The CPU's is called with (inputs, outputs, numbers), the GPU's with
+    (inputs, outputs, scratch, numbers, gpu_numbers, stream).
 
     Args:
-        kernel: the name of the C++ function; headers: the files of kernels/ that it needs, a
-            pair for CPU and GPU,
-            () where there is no kernel.
+        kernel: its name.
+        headers: the files of kernels/ that it needs, a pair for CPU and GPU; () for no kernel.
         inputs: Vars; None is a null pointer.
-        outputs: a Var for a new one of its shape and type, or a pair (shape, type); None is a
-            null pointer.
-        numbers: {name: int or float}, in the order of the kernel's parameters; as_struct: it
-            takes them as one struct.
-        scratch: shapes of float32 memory that the kernel for the GPU works in; gpu_numbers:
-            what it alone takes.
+        outputs: a Var for each new one of its shape and type, or a pair (shape, type); None is
+            a null pointer.
+        numbers: {name: int or float}, in the order of the kernel's parameters.
+        scratch: shapes of float32 memory that the kernel for the GPU works in.
+        gpu_numbers: further numbers, which the kernel for the GPU alone takes.
+        as_struct: whether `numbers` are one struct.
     Returns:
         The outputs that are not None.
     Raises:
@@ -105,8 +101,9 @@ def kinds(numbers):
 
 @cache
 def call_text(kernel, inputs, outputs, scratch, numbers, gpu_numbers, as_struct):
-    """The C++ calls for CPU and GPU; inputs and outputs say which are
-    given, numbers are pairs (name, whether a float).
+    """The C++ calls for CPU and GPU.
+
+    inputs and outputs say which are given; numbers are pairs (name, whether a float).
     """
 
     def pointers(given, prefix):
@@ -131,12 +128,10 @@ def call_text(kernel, inputs, outputs, scratch, numbers, gpu_numbers, as_struct)
 
 
 def run_code(headers, code, inputs, outputs, numbers):
-    """Run C++ `code`, like `headers` a pair for CPU and GPU;
-    `launch` for what is not a single call.
+    """Run C++ `code`, a pair for CPU and GPU like `headers`: `launch` for more than one call.
 
     In the code, inputs are in0_p, in1_p, ..., outputs, pairs (shape, type), out0_p, ..., and a
-    number is data["NAME"]. Numbers are data and not text, so that another shape needs no other
-    compilation.
+    number is data["NAME"]. Numbers are data and not text: another shape needs no new compilation.
     """
     types = TYPES[on_gpu()]
     if any(x.dtype not in types for x in inputs):

@@ -2,8 +2,9 @@
 
 Jittor's BatchNorm and LayerNorm take the variance as E[x²] - E[x]², which loses digits where the
 mean is large beside the spread (2e-4 at a ratio of 20); its BatchNorm keeps the biased variance;
-its AdaptiveAvgPool2d cuts windows of equal size, which is wrong for, say, 9 -> 7. Shapes are (B, C,
-H, W) unless a comment says otherwise.
+its AdaptiveAvgPool2d cuts windows of equal size, which is wrong for, say, 9 -> 7.
+
+Shapes are (B, C, H, W) unless a comment says otherwise.
 """
 
 from itertools import takewhile
@@ -31,7 +32,7 @@ class Conv2d(nn.Conv2d):
 
 
 class BatchNorm2d(nn.Module):
-    """torch.nn.BatchNorm2d: variance in two passes, running_var unbiased, num_batches_tracked kept."""
+    """torch.nn.BatchNorm2d: two-pass variance, unbiased running_var, num_batches_tracked kept."""
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1):
         super().__init__()
@@ -52,7 +53,8 @@ class BatchNorm2d(nn.Module):
             return cast(x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1), x.dtype)
         if x.numel() // x.shape[1] < 2:
             raise ValueError(
-                f"BatchNorm2d in training needs more than one value per channel, got shape {x.shape}"
+                "BatchNorm2d in training needs more than one value per channel, "
+                f"got shape {x.shape}"
             )
         statistics = self.running_mean, self.running_var
         y, running_mean, running_var = BatchNormFunction.apply(
@@ -65,16 +67,15 @@ class BatchNorm2d(nn.Module):
 
 
 def infers(module):
-    """Whether `module` may run kernels that stand for several layers and have no gradient: in
-    evaluation mode under no_grad.
+    """Whether `module` may run kernels that stand for several layers and have no gradient.
+
+    It may in evaluation mode under no_grad.
     """
     return not module.training and without_gradient()
 
 
 def is_hooked(layer):
-    """Whether somebody registered a hook on `layer`, who wants its
-    input or output: nothing is fused over it.
-    """
+    """Whether `layer` has a hook, which wants its input or output: nothing is fused over it."""
     return hasattr(layer, "__fhook__") or hasattr(layer, "__fhook2__")
 
 
@@ -95,9 +96,7 @@ class FusedSequential(nn.Sequential):
 
 
 def followers(layers):
-    """The BatchNorm and the activation that the kernel of layers[0]
-    applies too; None for each that it does not.
-    """
+    """The BatchNorm and the activation that layers[0]'s kernel applies too, each None if not."""
     conv, *others = layers
     if type(conv) is not Conv2d or is_hooked(conv) or not has_fused_kernel(conv):
         return None, None
@@ -108,11 +107,10 @@ def followers(layers):
 
 
 def sum_of_branches(module, x, branches):
-    """The sum of norm(conv(x)) over `branches` of `module`, pairs (depthwise Conv2d, BatchNorm2d),
-    the largest kernel first.
+    """The sum of norm(conv(x)) over `branches` of `module`.
 
-    In inference the branches are merged into one convolution at every call, as `reparam` does for
-    good.
+    branches: pairs (depthwise Conv2d, BatchNorm2d), the largest kernel first. In inference they are
+    merged into one convolution at every call, as `reparam` does for good.
     """
     hooked = any(is_hooked(layer) for branch in branches for layer in branch)
     if infers(module) and not hooked and has_fused_kernel(branches[0][0]):

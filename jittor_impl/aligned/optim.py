@@ -1,6 +1,6 @@
 """AdamW as a few CPU kernels.
 
-Jittor's own makes six operators of every parameter, XXT has 524 of them.
+Jittor's own makes six operators of every parameter, and XXT has 524 parameters.
 """
 
 from functools import cache
@@ -10,33 +10,23 @@ from .launch import has_kernel, run_code
 from .start import jt
 
 GROUP = 32  # parameters to a kernel, as many as compile in a second
-NUMBERS = (
-    "decay",
-    "gain1",
-    "beta2",
-    "gain2",
-    "step_size",
-    "correction",
-    "eps",
-)  # struct AdamWNumbers of adamw_cpu.h
+# struct AdamWNumbers of adamw_cpu.h
+NUMBERS = ("decay", "gain1", "beta2", "gain2", "step_size", "correction", "eps")
 
 
 @cache
 def kernel_code(n):
-    """The kernel for n parameters; inputs are n parameters, gradients, first and second moments,
-    outputs all but gradients.
+    """The kernel for n parameters.
+
+    Inputs are n parameters, n gradients, n first and n second moments; outputs all but gradients.
     """
+    numbers = ", ".join(f'(float)data["{name}"]' for name in NUMBERS)
     calls = "".join(
-        f"overlock::adamw(in{i}_p, in{n + i}_p, in{2 * n + i}_p, in{3 * n + i}_p, out{i}_p, out{n + i}_p, "
-        f"out{2 * n + i}_p, in{i}->num, a);\n"
+        f"overlock::adamw(in{i}_p, in{n + i}_p, in{2 * n + i}_p, in{3 * n + i}_p, "
+        f"out{i}_p, out{n + i}_p, out{2 * n + i}_p, in{i}->num, a);\n"
         for i in range(n)
     )
-    return (
-        "overlock::AdamWNumbers a{"
-        + ", ".join(f'(float)data["{name}"]' for name in NUMBERS)
-        + "};\n"
-        + calls
-    )
+    return f"overlock::AdamWNumbers a{{{numbers}}};\n{calls}"
 
 
 def count_axes(state):
@@ -55,24 +45,19 @@ class AdamW(jt.optim.AdamW):
         for group in self.param_groups:
             beta1, beta2 = group.get("betas", self.betas)
             lr = group.get("lr", self.lr)
-            numbers = dict(
-                zip(
-                    NUMBERS,
-                    (
-                        1 - lr * group.get("weight_decay", self.weight_decay),
-                        1 - beta1,
-                        beta2,
-                        1 - beta2,
-                        lr / (1 - beta1**self.n_step),
-                        (1 - beta2**self.n_step) ** 0.5,
-                        group.get("eps", self.eps),
-                    ),
-                )
+            values = (
+                1 - lr * group.get("weight_decay", self.weight_decay),
+                1 - beta1,
+                beta2,
+                1 - beta2,
+                lr / (1 - beta1**self.n_step),
+                (1 - beta2**self.n_step) ** 0.5,
+                group.get("eps", self.eps),
             )
+            numbers = dict(zip(NUMBERS, values))
             states = zip(group["params"], group["grads"], group["m"], group["values"])
             states = [state for state in states if not state[0].is_stop_grad()]
-            # A kernel is compiled for its arguments' numbers of axes, so parameters with as many go
-            # together.
+            # A kernel is compiled for given numbers of axes: parameters with as many go together.
             for _, same in groupby(sorted(states, key=count_axes), count_axes):
                 same = list(same)
                 for i in range(0, len(same), GROUP):
@@ -80,18 +65,14 @@ class AdamW(jt.optim.AdamW):
         self.post_step()
 
     def update(self, states, numbers):
-        """One kernel: states, a list of (parameter, gradient, first moment, second moment), are
-        replaced by the new ones.
+        """Replace the parameters and moments in `states` by the new ones, with one kernel.
+
+        states: a list of (parameter, gradient, first moment, second moment).
         """
         params, grads, m, v = ([state[k] for state in states] for k in range(4))
         old = [*params, *m, *v]
         code = kernel_code(len(states)), ""
-        new = run_code(
-            self.headers,
-            code,
-            [*params, *grads, *m, *v],
-            [(x.shape, x.dtype) for x in old],
-            numbers,
-        )
+        inputs, outputs = [*params, *grads, *m, *v], [(x.shape, x.dtype) for x in old]
+        new = run_code(self.headers, code, inputs, outputs, numbers)
         for var, value in zip(old, new):
             var.update(value)

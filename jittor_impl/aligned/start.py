@@ -35,10 +35,8 @@ from .setup.cuda_toolkit import (
 )
 
 SETUP = Path(__file__).resolve().parent / "setup"
-ONEDNN_PACKAGES = (
-    "onednn-cpu-gomp",
-    "onednn-devel-cpu-gomp",
-)  # libmkldnn.so and its headers, on PyPI
+# libmkldnn.so and its headers, on PyPI
+ONEDNN_PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")
 
 
 def notice(message):
@@ -51,10 +49,10 @@ def fail(message):
 
 
 def provide_onednn(home):
-    """Put the oneDNN of this environment where Jittor, whose cache lies
-    under `home`, looks for the one it would download.
+    """Put the oneDNN of this environment where Jittor looks for the one it would download.
 
-    Jittor's cache outlives an environment, so links are renewed at every start, not trusted.
+    That is in its cache, which lies under `home`. It outlives an environment, so links are renewed
+    at every start, not trusted.
     """
     root = Path(home) / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp"
     library = root / "lib" / "libmkldnn.so"
@@ -68,9 +66,8 @@ def provide_onednn(home):
                 "(pip install -r requirements-jittor.txt avoids that)"
             )
         return
-    # Link file by file: a whole environment's lib/ may hold a libstdc++ that Jittor must not link
-    # to.
-    # relative to site-packages, such as ../../libdnnl.so.2 or ../../../include/oneapi/dnnl/dnnl.h
+    # Link file by file: an environment's lib/ may hold a libstdc++ that Jittor must not link to.
+    # Paths are relative to site-packages: ../../libdnnl.so.2, ../../../include/oneapi/dnnl/dnnl.h.
     for f in files:
         if ".so" in f.name:
             replace_link(root / "lib" / f.name, f.locate())
@@ -79,10 +76,10 @@ def provide_onednn(home):
 
 
 def choose_cuda(home):
-    """Give Jittor a CUDA toolkit that it can use, or turn its CUDA off, with a line of notice where
-    there is a GPU or an nvcc.
+    """Give Jittor a CUDA toolkit that it can use, or turn its CUDA off.
 
-    The environment variable nvcc_path decides where it is set: which nvcc, or none if it is empty.
+    If off, a line of notice says why where there is a GPU or an nvcc. The environment variable
+    nvcc_path decides where it is set: which nvcc, or none if it is empty.
     """
     chosen = os.environ.get("nvcc_path")
     if chosen == "":
@@ -122,11 +119,10 @@ def prepare_cuda(nvcc):
 
 
 class Compilation:
-    """Jittor's progress report while it compiles itself, in place
-    of its own, which is silenced with its log.
+    """The progress report while Jittor compiles itself; its own is silenced with its log.
 
-    Jittor goes through its files at every import; that is shown only where they are compiled, not
-    just checked.
+    Jittor goes through its files at every import, which is shown only where it compiles them and
+    does not just check them.
     """
 
     def __init__(self, _, files):
@@ -134,17 +130,12 @@ class Compilation:
 
     def update(self, i):
         done, on_terminal = i + 1, sys.stderr.isatty()
-        if time.perf_counter() - self.start > 10 and (
-            on_terminal or done >= self.next or done == self.files
-        ):
+        due = on_terminal or done >= self.next or done == self.files
+        if due and time.perf_counter() - self.start > 10:
             self.next = done + self.files / 5
             end = "\r" if on_terminal and done < self.files else "\n"
-            print(
-                f"jittor_impl: compiled {done} of {self.files} files",
-                end=end,
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"jittor_impl: compiled {done} of {self.files} files"
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 def compile_jittor():
@@ -155,7 +146,8 @@ def compile_jittor():
     """
     notice("Jittor compiles itself: some minutes, the first time only")
     # This module again, by whatever name the folder around it goes in the user's project.
-    code = f"import sys; sys.path.insert(0, {str(SETUP.parents[1])!r}); import {SETUP.parent.name}.start"
+    folder, package = str(SETUP.parents[1]), SETUP.parent.name
+    code = f"import sys; sys.path.insert(0, {folder!r}); import {package}.start"
     environment = {**os.environ, "OVERLOCK_COMPILES_JITTOR": "1"}
     child = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
     try:
@@ -169,10 +161,10 @@ def compile_jittor():
 
 
 def compile_operators_faster(jittor, cache):
-    """Compile an operator for the CPU in a third of the time: its
-    headers ahead of it, no Python around the compiler.
+    """Compile an operator for the CPU in a third of the time.
 
-    Where the headers cannot be compiled ahead, the compiler reads them as usual.
+    Its headers are compiled ahead of it, and no Python runs around the compiler. Where the headers
+    cannot be compiled ahead, the compiler reads them as usual.
     """
     if "clang" in jittor.flags.cc_path:
         return
@@ -188,9 +180,8 @@ def compile_operators_faster(jittor, cache):
         temporary.write_text(source)
         os.replace(temporary, header)
     if not compiled.exists():
-        options = [
-            flag for flag in shlex.split(flags) if not flag.startswith(("-l", "-L", "-shared"))
-        ]
+        linking = ("-l", "-L", "-shared")
+        options = [flag for flag in shlex.split(flags) if not flag.startswith(linking)]
         command = [jittor.flags.cc_path, *options, "-x", "c++-header", header, "-o", temporary]
         if subprocess.run(command, capture_output=True).returncode == 0:
             os.replace(temporary, compiled)
@@ -202,15 +193,13 @@ def compile_operators_faster(jittor, cache):
 def signal_handlers_kept(*signals):
     """Leave the process's handlers of `signals` as they are.
 
-    Jittor's quit without a word on Ctrl-C, and when any child process is killed.
-
-    By the C library: Python's own signal.signal works in the main thread alone, and knows nothing
+    Jittor's quit without a word on Ctrl-C, and when any child process is killed. They are put back
+    by the C library: Python's own signal.signal works in the main thread alone, and knows nothing
     of Jittor's handlers.
     """
     libc = ctypes.CDLL(None)
-    actions = {
-        number: ctypes.create_string_buffer(256) for number in signals
-    }  # struct sigaction has 152 bytes
+    # struct sigaction has 152 bytes.
+    actions = {number: ctypes.create_string_buffer(256) for number in signals}
     for number, action in actions.items():
         libc.sigaction(number, None, action)
     try:
@@ -221,18 +210,15 @@ def signal_handlers_kept(*signals):
 
 
 def import_jittor():
-    os.environ.setdefault(
-        "cache_name", "overlock"
-    )  # else the branch of the git repository around the environment
+    # Else the cache is named after the branch of the git repository around the environment.
+    os.environ.setdefault("cache_name", "overlock")
     os.environ.setdefault("log_silent", "1")
     # Jittor would download cuTT and CUTLASS where it finds a GPU, and does without them.
     for library in ("use_mpi", "use_cutt", "use_cutlass"):
         os.environ.setdefault(library, "0")
-    os.environ.setdefault(
-        "FIX_TORCH_ERROR", "0"
-    )  # do not load torch where it happens to be installed
-    # Jittor's core compiles faster at -O1 and runs no slower; its operators keep -Ofast, the
-    # default.
+    # Do not load torch where it happens to be installed.
+    os.environ.setdefault("FIX_TORCH_ERROR", "0")
+    # Jittor's core compiles faster at -O1 and runs no slower; its operators keep their -Ofast.
     if "cc_flags" not in os.environ:
         os.environ["cc_flags"] = " -O1 "
         os.environ["kernel_flags"] = os.environ.get("kernel_flags", "") + " -Ofast "
@@ -258,31 +244,28 @@ def import_jittor():
         from jittor_utils import install_cuda
     except OSError as error:
         fail(
-            f"Jittor cannot keep what it compiles: {error.filename}: {error.strerror}; set HOME to a folder that can be written to"
+            f"Jittor cannot keep what it compiles: {error.filename}: {error.strerror}; "
+            "set HOME to a folder that can be written to"
         )
-    install_cuda.has_installation = lambda: (
-        False
-    )  # a toolkit that it downloaded once would come before nvcc_path, and update itself
+    # A toolkit that Jittor downloaded once would come before nvcc_path, and update itself.
+    install_cuda.has_installation = lambda: False
     choose_cuda(jittor_utils.home())
     provide_onednn(jittor_utils.home())
-    # Jittor asks a python3.x-config, which no virtual environment has, and may take another
-    # Python's headers.
+    # Jittor asks a python3.x-config. No virtual environment has one; another Python's may answer.
     jittor_utils._py3_include_path = f'-I"{headers}"'
     jittor_utils._py3_extension_suffix = sysconfig.get_config_var("EXT_SUFFIX")
     jittor_utils.DelayProgress = Compilation
     compiling = "OVERLOCK_COMPILES_JITTOR" in os.environ
-    nvcc = os.environ["nvcc_path"]
-    core = (
-        f"cu{'.'.join(map(str, toolkit_version(nvcc)))}*/jittor_core*" if nvcc else "jittor_core*"
-    )
+    nvcc, core = os.environ["nvcc_path"], "jittor_core*"
+    if nvcc:
+        core = f"cu{'.'.join(map(str, toolkit_version(nvcc)))}*/{core}"
     if not compiling and not list(Path(jittor_utils.cache_path).glob(core)):
         compile_jittor()
     try:
         with signal_handlers_kept(signal.SIGINT, signal.SIGCHLD):
             import jittor
-    except (
-        SystemExit
-    ):  # Jittor found its cache outdated, rebuilt a part and wants to be started again
+    except SystemExit:
+        # Jittor found its cache outdated, rebuilt a part and wants to be started again.
         if compiling:
             sys.exit(0)
         if "OVERLOCK_RESTARTED" in os.environ:
@@ -291,8 +274,7 @@ def import_jittor():
         compile_jittor()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     compile_operators_faster(jittor, jittor_utils.cache_path)
-    # Jittor keeps a pool of compiler processes, which Ctrl-C at a terminal reaches too, and then
-    # the exit hangs.
+    # Jittor keeps a pool of compilers. Ctrl-C at a terminal reaches them too, and the exit hangs.
     if jittor_utils.pool_size:
         jittor_utils.pool_cleanup()
         atexit.unregister(jittor_utils.pool_cleanup)

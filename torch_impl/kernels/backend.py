@@ -1,6 +1,4 @@
-"""Who computes na2d_av:
-
-NATTEN, a dense product, or Triton kernels; three implementations of one function.
+"""Who computes na2d_av: NATTEN, a dense product or Triton kernels, three forms of one function.
 
 NATTEN's is what the official OverLoCK calls. Ours need nothing but PyTorch: a dense product
 (na2d_av_dense.py), the default on a CPU, where it is faster than NATTEN's, however that is built;
@@ -15,9 +13,8 @@ from .na2d_av_dense import WHOLE_MAP, na2d_av_dense
 try:
     import natten
     from natten.functional import na2d_av as natten_na2d_av
-except (
-    ImportError
-):  # Windows, a PyTorch without a NATTEN build, or a NATTEN that dropped the unfused operators
+except ImportError:
+    # Windows, a PyTorch without a NATTEN build, or a NATTEN that dropped the unfused operators.
     natten_na2d_av = None
 
 BACKENDS = ("auto", "natten", "dense", "triton")
@@ -28,16 +25,14 @@ _backend = "auto"
 def natten_has_cuda():
     """Whether NATTEN is installed and was built for GPUs.
 
-    One that was not returns memory as it was, with no exception.
+    One that was not raises nothing there: it returns whatever the memory held.
     """
     return natten_na2d_av is not None and natten.has_cuda()
 
 
 @cache
 def triton_kernels():
-    """The module na2d_av_triton, imported when it is first
-    needed; None where Triton is not installed.
-    """
+    """The module na2d_av_triton, imported when first needed; None if Triton is not installed."""
     try:
         from . import na2d_av_triton
     except ImportError:  # Windows, macOS, a PyTorch for CPUs
@@ -57,9 +52,8 @@ def set_na2d_backend(name, device=None):
     if name not in BACKENDS:
         raise ValueError(f"na2d backend {name!r} is not one of {', '.join(BACKENDS)}")
     if name == "natten" and natten_na2d_av is None:
-        raise ValueError(
-            "NATTEN is not installed (pip install --no-build-isolation natten==0.17.3)"
-        )
+        command = "pip install --no-build-isolation natten==0.17.3"
+        raise ValueError(f"NATTEN is not installed ({command})")
     if name == "natten" and device == "cuda" and not natten_has_cuda():
         raise ValueError("NATTEN was built without CUDA; docs/install.md names its wheel for CUDA")
     if name == "triton" and device == "cpu":
@@ -75,17 +69,14 @@ def choose_na2d_backend(on_gpu, pixels, dtypes):
     """Who computes `na2d_av` when the backend is "auto": "natten", "triton" or "dense".
 
     Args:
-        on_gpu: where the tensors are; pixels: of a map, H * W; dtypes: the set of the tensors'
-            types.
+        on_gpu: whether the tensors are on a GPU
+        pixels: of a map, H * W
+        dtypes: the set of the tensors' types
     """
     if on_gpu and natten_has_cuda():
         return "natten"
-    if (
-        on_gpu
-        and pixels > WHOLE_MAP
-        and triton_kernels() is not None
-        and dtypes <= triton_kernels().DTYPES
-    ):
+    large_on_gpu = on_gpu and pixels > WHOLE_MAP
+    if large_on_gpu and triton_kernels() is not None and dtypes <= triton_kernels().DTYPES:
         return "triton"
     return "dense"
 
@@ -94,13 +85,13 @@ def na2d_av(attn, value, kernel_size):
     """`na2d_av` of ops.py, whose shapes are checked, by the backend that was set."""
     backend = _backend
     if backend == "auto":
-        backend = choose_na2d_backend(
-            value.is_cuda, value.shape[2] * value.shape[3], {attn.dtype, value.dtype}
-        )
+        pixels, dtypes = value.shape[2] * value.shape[3], {attn.dtype, value.dtype}
+        backend = choose_na2d_backend(value.is_cuda, pixels, dtypes)
     if backend == "natten":
         if value.is_cuda and not natten_has_cuda():
             raise ValueError(
-                "na2d_av: NATTEN was built without CUDA; choose another backend, or install its wheel for CUDA"
+                "na2d_av: NATTEN was built without CUDA; "
+                "choose another backend, or install its wheel for CUDA"
             )
         return natten_na2d_av(attn.contiguous(), value.contiguous(), kernel_size)
     if backend == "triton":

@@ -1,5 +1,4 @@
-"""na2d_av on a GPU as Triton kernels, forward and both gradients;
-formula and index arithmetic as in ops.py.
+"""na2d_av on a GPU as Triton kernels, forward and both gradients; formula and indices as in ops.py.
 
 attn is (N, H, W, K*K), value, out and their gradients (N, H, W, dim), contiguous, N = B * heads.
 Numbers are read and written in the type of their tensor and summed in float32. Nothing is added
@@ -19,8 +18,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 DTYPES = {torch.float32, torch.float16, torch.bfloat16}
-# Triton's interpreter runs the kernels on CPU tensors; the variable must be set before Triton is
-# imported.
+# Triton's interpreter runs the kernels on CPU tensors; set the variable before Triton's import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # How many numbers a program sums at once: 8 registers for each of its 128 threads.
 TILE = 1024
@@ -28,16 +26,17 @@ TILE = 1024
 
 @triton.jit
 def window_start(i, size, K: tl.constexpr):
-    """The first pixel of the window of pixel i, along an axis of `size`
-    pixels: shifted at the borders, not clipped.
+    """The first pixel of the window of pixel i, along an axis of `size` pixels.
+
+    At the borders the window is shifted, not clipped.
     """
     start = i - K // 2
     start = tl.where(start > size - K, size - K, start)
     return tl.where(start < 0, 0, start)
 
 
-# The pixels whose window contains pixel p are consecutive, because window_start never decreases:
-# first to last.
+# The first and the last pixel whose window contains pixel p; because window_start never
+# decreases, the windows of all pixels between contain it too.
 @triton.jit
 def first_query(p, K: tl.constexpr):
     return tl.where(p < K, 0, p - K + 1 + K // 2)
@@ -61,8 +60,9 @@ def forward_kernel(
     PIXELS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """A program computes out at PIXELS consecutive pixels of a map,
-    `tiles` programs a map; DIM >= dim, a power of two.
+    """A program computes out at PIXELS consecutive pixels of a map, `tiles` programs a map.
+
+    DIM is dim or, where that is no power of two, the next one.
     """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)
@@ -96,8 +96,9 @@ def grad_attn_kernel(
     WEIGHTS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """A program computes WEIGHTS consecutive numbers of a map's (H,
-    W, K*K) gradient, `tiles` programs a map.
+    """A program computes WEIGHTS consecutive numbers of a map's gradient, `tiles` programs a map.
+
+    The gradient of a map is (H, W, K*K).
     """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     # One 64-bit division for the program; what is left for each number fits in 32 bits.
@@ -110,12 +111,10 @@ def grad_attn_kernel(
     mask = tl.expand_dims(inside, 1) & (d < dim)
     row = window_start(pixel // W, H, K) + tap // K
     column = window_start(pixel % W, W, K) + tap % K
-    g = tl.load(grad_out + tl.expand_dims(n * H * W + pixel, 1) * dim + d, mask=mask, other=0.0).to(
-        tl.float32
-    )
-    v = tl.load(
-        value + tl.expand_dims((n * H + row) * W + column, 1) * dim + d, mask=mask, other=0.0
-    ).to(tl.float32)
+    query = grad_out + tl.expand_dims(n * H * W + pixel, 1) * dim + d  # (WEIGHTS, DIM) addresses
+    g = tl.load(query, mask=mask, other=0.0).to(tl.float32)
+    neighbour = value + tl.expand_dims((n * H + row) * W + column, 1) * dim + d  # (WEIGHTS, DIM)
+    v = tl.load(neighbour, mask=mask, other=0.0).to(tl.float32)
     number = first + tl.arange(0, WEIGHTS)
     tl.store(grad_attn + n * H * W * (K * K) + number, tl.sum(g * v, axis=1), mask=inside)
 
@@ -153,17 +152,17 @@ def grad_value_kernel(
             inside = (x < W) & (j <= last)
             a = tl.load(attn + (query * K + p) * K + q, mask=inside, other=0.0).to(tl.float32)
             mask = tl.expand_dims(inside, 1) & (d < dim)
-            g = tl.load(grad_out + tl.expand_dims(query, 1) * dim + d, mask=mask, other=0.0).to(
-                tl.float32
-            )
+            row = grad_out + tl.expand_dims(query, 1) * dim + d  # (PIXELS, DIM) addresses
+            g = tl.load(row, mask=mask, other=0.0).to(tl.float32)
             total += tl.expand_dims(a, 1) * g
     mask = tl.expand_dims(x < W, 1) & (d < dim)
     tl.store(grad_value + tl.expand_dims((n * H + y) * W + x, 1) * dim + d, total, mask=mask)
 
 
 class NA2dAV(torch.autograd.Function):
-    """na2d_av of contiguous tensors: attn (B, heads, H, W, K*K), value
-    (B, heads, H, W, dim) -> like value, of `dtype`.
+    """na2d_av of contiguous tensors, the result of type `dtype`.
+
+    attn (B, heads, H, W, K*K), value (B, heads, H, W, dim) -> (B, heads, H, W, dim)
     """
 
     @staticmethod
@@ -199,9 +198,8 @@ class NA2dAV(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 PIXELS = min(max(TILE // DIM, 1), triton.next_power_of_2(W))
                 tiles = triton.cdiv(W, PIXELS)
-                reach = (
-                    W if W < 2 * K else K + K // 2
-                )  # queries of the pixel that has most: all, or from 0 to K - 1 + K//2
+                # Queries of the pixel that has most: all, or those from 0 to K - 1 + K//2.
+                reach = W if W < 2 * K else K + K // 2
                 grad_value = torch.empty_like(value)
                 grad_value_kernel[(B * heads * H * tiles,)](
                     attn, grad_out, grad_value, H, W, tiles, reach, K, dim, PIXELS, DIM
@@ -210,8 +208,7 @@ class NA2dAV(torch.autograd.Function):
 
 
 def na2d_av_triton(attn, value, kernel_size):
-    """`na2d_av` of CUDA tensors of float32, float16 or bfloat16,
-    of any strides, with sums in float32.
+    """`na2d_av` of CUDA tensors, float32, float16 or bfloat16, of any strides, summed in float32.
 
     The result has the type that `attn @ value` has: without autocast that of both, which must be
     the same; under autocast autocast's, whatever the two are: the kernels read them as they are. A
@@ -223,11 +220,13 @@ def na2d_av_triton(attn, value, kernel_size):
     """
     if not (attn.is_cuda and value.is_cuda or INTERPRETED):
         raise ValueError(
-            f"na2d_av: Triton needs tensors on a GPU: attn is on {attn.device}, value on {value.device}"
+            "na2d_av: Triton needs tensors on a GPU: "
+            f"attn is on {attn.device}, value on {value.device}"
         )
     if not {attn.dtype, value.dtype} <= DTYPES:
         raise ValueError(
-            f"na2d_av: Triton takes float32, float16 or bfloat16: attn is {attn.dtype}, value {value.dtype}"
+            "na2d_av: Triton takes float32, float16 or bfloat16: "
+            f"attn is {attn.dtype}, value {value.dtype}"
         )
     dtype = (attn.new_empty(0, 0) @ value.new_empty(0, 0)).dtype
     return NA2dAV.apply(attn.contiguous(), value.contiguous(), kernel_size, dtype)

@@ -1,5 +1,4 @@
-"""What the set-up does with files: those of installed packages, and
-links and texts that it replaces in one step.
+"""Finds the files of installed packages, and replaces links and texts in one step.
 
 In one step, so that a process that starts meanwhile never sees one missing or half written.
 """
@@ -18,23 +17,20 @@ def package_files(packages):
 
 
 def replace_link(link, target):
-    """Point `link`, whose folder is made if need be, at the file or folder that `target` leads to."""
+    """Point `link`, whose folder is made if need be, at the file or folder where `target` leads."""
     target = Path(target).resolve()
     if link.is_symlink() and os.readlink(link) == str(target):
         return
     link.parent.mkdir(parents=True, exist_ok=True)
     temporary = link.with_name(f"{link.name}.{os.getpid()}")
-    temporary.unlink(
-        missing_ok=True
-    )  # of a process that was killed, in a container with the same numbers
+    # One may be left of a process that was killed, in a container with the same process numbers.
+    temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     os.replace(temporary, link)
 
 
 def replace_text(path, text, mode):
-    """Write `text` to the file `path`, whose folder is made if
-    need be; `mode` as os.chmod takes it.
-    """
+    """Write `text` to `path`, whose folder is made if need be; `mode` is as os.chmod takes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
-"""Finds the CUDA toolkit that Jittor compiles with: a system-wide one, or NVIDIA's packages from
-PyPI (requirements-cuda.txt).
+"""Finds the CUDA toolkit that Jittor compiles with.
+
+It is a system-wide one, or NVIDIA's packages from PyPI (requirements-cuda.txt).
 """
 
 import ctypes
@@ -61,18 +62,13 @@ def driver_version():
 
 def compute_capability():
     """That of the oldest GPU, such as 75 for Turing; raises OSError without a driver."""
-    driver, device, major, minor = (
-        ctypes.CDLL("libcuda.so.1"),
-        ctypes.c_int(),
-        ctypes.c_int(),
-        ctypes.c_int(),
-    )
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     capabilities = []
     for number in range(device_count()):
         driver.cuDeviceGet(ctypes.byref(device), number)
-        driver.cuDeviceGetAttribute(
-            ctypes.byref(major), 75, device
-        )  # the attributes' numbers in cuda.h
+        # 75 and 76 are the attributes' numbers in cuda.h.
+        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
         driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
         capabilities.append(10 * major.value + minor.value)
     return min(capabilities)
@@ -84,29 +80,29 @@ def system_nvcc():
 
 
 def packaged_nvcc(home):
-    """The nvcc of a toolkit put together from NVIDIA's packages in this
-    environment, None where they are not complete.
+    """The nvcc of a toolkit put together from NVIDIA's packages, None where they are not complete.
 
     Jittor expects bin/, include/ and lib64/ side by side and libraries without a version in their
-    names, none of which the packages have. Like oneDNN's, the links are renewed at every start, not
-    trusted.
+    names, none of which the packages of this environment have. Like oneDNN's, the links are renewed
+    at every start, not trusted.
     """
     root, links, nvcc = Path(home) / ".cache" / "jittor" / "overlock_cuda", {}, None
-    for f in (
-        package_files(PACKAGES) or ()
-        # relative to site-packages, such as nvidia/cu13/include/crt/host_defines.h,
-        # nvidia/cudnn/lib/libcudnn.so.9
-    ):
+    # Files are relative to site-packages, such as nvidia/cudnn/lib/libcudnn.so.9.
+    for f in package_files(PACKAGES) or ():
         if "include" in f.parts:
-            # What stands directly in include/ is linked, include/crt and not each file in it.
-            below = len(f.parts) - f.parts.index("include") - 2
-            links[root / "include" / f.parts[-1 - below]] = [f.locate(), *f.locate().parents][below]
+            # Link what stands directly in include/: for nvidia/cu13/include/crt/host_defines.h that
+            # is the folder include/crt.
+            below_include = f.parts[f.parts.index("include") + 1 :]
+            target = f.locate()
+            for _ in below_include[1:]:
+                target = target.parent
+            links[root / "include" / below_include[0]] = target
         elif f.parent.name == "lib" and f.suffix == ".a":
             links[root / "lib64" / f.name] = f.locate()
         elif f.parent.name == "lib" and ".so" in f.name:
-            links[root / "lib64" / f.name] = links[
-                root / "lib64" / f"{f.name.partition('.so')[0]}.so"
-            ] = f.locate()
+            unversioned = f"{f.name.partition('.so')[0]}.so"
+            links[root / "lib64" / f.name] = f.locate()
+            links[root / "lib64" / unversioned] = f.locate()
         elif f.parent.name == "bin" and f.name == "nvcc":
             nvcc = f.locate()
     if nvcc is None:
@@ -129,8 +125,9 @@ def library_folder(nvcc):
 
 
 def load_libraries(nvcc):
-    """Load the toolkit's libraries, so that Jittor's own, which are
-    linked to them by name, find them in no search path.
+    """Load the toolkit's libraries, which are in no search path.
+
+    Jittor's own are linked to them by name, and find them if they are loaded already.
     """
     for name in LIBRARIES:
         library = library_folder(nvcc) / f"lib{name}.so"
@@ -152,16 +149,13 @@ def toolkit_version(nvcc):
 def cudnn_version(nvcc):
     """The major version of the cuDNN that Jittor will find for this nvcc, 0 if there is none."""
     toolkit = Path(nvcc).resolve().parent.parent
-    for folder in (
-        toolkit / "include",
-        toolkit / "targets" / "x86_64-linux" / "include",
-        SYSTEM_INCLUDE,
-    ):
+    targets = toolkit / "targets" / "x86_64-linux"
+    for folder in (toolkit / "include", targets / "include", SYSTEM_INCLUDE):
         for name in ("cudnn_version.h", "cudnn.h"):  # cuDNN 7 has it in the latter
-            if (folder / name).exists():
-                version = re.search(
-                    r"#define CUDNN_MAJOR (\d+)", (folder / name).read_text(errors="replace")
-                )
+            header = folder / name
+            if header.exists():
+                text = header.read_text(errors="replace")
+                version = re.search(r"#define CUDNN_MAJOR (\d+)", text)
                 if version:
                     return int(version[1])
     return 0
@@ -174,14 +168,14 @@ def problem(nvcc):
     """
     if not shutil.which(nvcc):
         return f"there is no compiler {nvcc}"
-    version = toolkit_version(nvcc)
-    if not version or not (library_folder(nvcc) / "libcudart.so").exists():
-        return f"{nvcc} is no CUDA toolkit as Jittor needs it, with {library_folder(nvcc) / 'libcudart.so'}"
+    version, library = toolkit_version(nvcc), library_folder(nvcc) / "libcudart.so"
+    if not version or not library.exists():
+        return f"{nvcc} is no CUDA toolkit as Jittor needs it, with {library}"
     if not cudnn_version(nvcc):
         return f"there is no cuDNN beside {nvcc}"
-    gpus = device_count()
+    gpus, release = device_count(), f"{nvcc} is of CUDA {version[0]}"
     if gpus and driver_version() < version[0]:
-        return f"{nvcc} is of CUDA {version[0]}, but the GPU's driver is for CUDA {driver_version()} at most"
+        return f"{release}, but the GPU's driver is for CUDA {driver_version()} at most"
     if gpus and version >= (13,) and compute_capability() < 75:
-        return f"{nvcc} is of CUDA {version[0]}, which has dropped GPUs older than Turing; install CUDA 12"
+        return f"{release}, which has dropped GPUs older than Turing; install CUDA 12"
     return None

@@ -1,11 +1,11 @@
-"""Makes the installed Jittor 1.3.11 build with CUDA 13 and cuDNN 9:
+"""Makes the installed Jittor 1.3.11 build with CUDA 13 and cuDNN 9.
 
-`python jittor_impl/aligned/setup/patch_jittor.py`.
+The set-up calls it where the toolkit needs it; `python jittor_impl/aligned/setup/patch_jittor.py`
+runs it by hand. `--revert` takes the changes back, `--check` only tells. Doing a thing twice does
+no harm; another version of Jittor is refused.
 
 jittor_cuda13.patch says what it changes in the installed package: each hunk is for a name or a
 library that CUDA 13 or cuDNN 9 dropped, and is written for CUDA 11 and 12 and cuDNN 8 as well.
-`--revert` takes the changes back, `--check` only tells. Doing a thing twice does no harm; another
-version of Jittor is refused. The set-up calls it where the toolkit needs it.
 """
 
 import argparse
@@ -14,9 +14,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-if (
-    not __package__
-):  # run as a file: its folder becomes a package, without those above, which start Jittor
+# Run as a file: its folder becomes a package, without those above, which start Jittor.
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     __package__ = Path(__file__).resolve().parent.name
     __import__(__package__)
@@ -51,7 +50,7 @@ def package_root():
 
 
 def read_patch(text):
-    """{file: [(text before, text after), ...]} of a unified diff, its context lines in both texts."""
+    """{file: [(text before, text after), ...]} of a unified diff, context lines in both texts."""
     hunks = {}
     for line in text.splitlines(keepends=True):
         if line.startswith("+++ "):
@@ -60,18 +59,18 @@ def read_patch(text):
             current.append(("", ""))
         elif not line.startswith("--- "):
             before, after = current[-1]
-            current[-1] = (
-                before + line[1:] * (line[0] in " -"),
-                after + line[1:] * (line[0] in " +"),
-            )
+            if line[0] in " -":
+                before += line[1:]
+            if line[0] in " +":
+                after += line[1:]
+            current[-1] = before, after
     return hunks
 
 
 def changed_files(root, revert=False):
     """{path: its new text} of the files that the patch, or with `revert` its reverse, would change.
 
-    Raises PatchError if a place that it is about looks neither as before nor as after: somebody
-    else changed it.
+    Raises PatchError if a place looks neither as before nor as after: somebody else changed it.
     """
     new = {}
     for name, hunks in read_patch(PATCH.read_text(encoding="utf-8")).items():
@@ -96,9 +95,8 @@ def changed_files(root, revert=False):
 def apply(revert=False):
     """Change the installed package, or change it back.
 
-    Returns the paths of the files that were not yet so.
-
-    Raises PatchError, before anything is written, if it cannot be done.
+    Returns the paths of the files that were not yet so. Raises PatchError, before anything is
+    written, if it cannot be done.
     """
     new = changed_files(package_root(), revert)
     for path in new:
@@ -124,12 +122,11 @@ def main():
     try:
         if args.check:
             missing = changed_files(package_root())
-            print(
-                "not changed: " + ", ".join(map(str, missing))
-                if missing
-                else "the changes for CUDA 13 are in place"
-            )
-            return int(bool(missing))
+            if missing:
+                print("not changed: " + ", ".join(map(str, missing)))
+                return 1
+            print("the changes for CUDA 13 are in place")
+            return 0
         done = apply(args.revert)
     except (PatchError, OSError) as error:
         print(f"patch_jittor.py: error: {error}", file=sys.stderr)
