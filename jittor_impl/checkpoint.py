@@ -6,17 +6,18 @@ Metadata "run", JSON: epoch (epochs done), step (optimizer steps done), best_top
 """
 
 import json
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from . import read_pth
 from .aligned.start import jt
 from .errors import InputError
+from .models import VARIANTS
 from .run_files import write_atomic
+from .weights import read_weights
 
 RUN_KEYS = {"epoch", "step", "best_top1", "args", "data", "history"}
+HEADS = ("head", "aux_head")
 CLASSIFIERS = ("head.4.weight", "head.4.bias", "aux_head.2.weight", "aux_head.2.bias")
 
 
@@ -57,67 +58,87 @@ def save_checkpoint(path, model, optimizer, run):
     write_atomic(path, save(arrays, metadata={"run": json.dumps(run)}))
 
 
-def read_checkpoint(path):
-    """Read our checkpoint or an official .pth: (arrays of the model, arrays of the optimizer, run).
+class Checkpoint(NamedTuple):
+    arrays: dict  # of the model, by state-dict key
+    moments: dict  # of AdamW
+    run: dict
+    notes: list  # lines for the user: what was taken, what was left out
 
-    Of a .pth file, optimizer and run are empty. Raises InputError if it is missing or is neither.
+
+def read_checkpoint(path, use_ema=False):
+    """Read our checkpoint, or weights that somebody else wrote, of which moments and run are empty.
+
+    Raises InputError if it is missing or is neither.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}; check the path")
-    if path.suffix in (".pth", ".pt", ".bin"):
-        try:
-            content = read_pth.read(path)
-        except ValueError as error:
-            raise InputError(f"{path}: {error}; it may be truncated, fetch it again") from None
-        for key in ("state_dict", "model"):
-            if isinstance(content, dict) and isinstance(content.get(key), dict):
-                content = content[key]
-        content = content if isinstance(content, dict) else {}
-        arrays = {key: value for key, value in content.items() if isinstance(value, np.ndarray)}
-        if not arrays:
-            raise InputError(f"{path} holds no state dict; give a checkpoint of OverLoCK")
-        return arrays, {}, {}
+    weights = read_weights(path, use_ema)
     try:
-        with safe_open(path, framework="numpy") as f:
-            keys = f.keys()
-            arrays = {key: f.get_tensor(key) for key in keys}
-            run = json.loads((f.metadata() or {}).get("run", "{}"))
-    except (SafetensorError, ValueError, TypeError, OSError) as error:
-        raise InputError(
-            f"{path} is not a checkpoint or is truncated ({str(error)[:80]}); give another one"
-        ) from None
+        run = json.loads(weights.metadata.get("run", "{}"))
+    except ValueError:
+        run = None
     complete = isinstance(run, dict) and run.keys() >= RUN_KEYS
-    if run and not (complete and len(run["history"]) == run["epoch"]):
+    if run != {} and not (complete and len(run["history"]) == run["epoch"]):
         raise InputError(f"{path} was not written by this train.py; use it with --init")
-    model, optimizer = {}, {}
-    for key, value in arrays.items():
-        kind, _, name = key.partition(".")
-        if kind not in ("model", "optimizer"):
-            what = f"a safetensors file, but not a checkpoint of train.py (key {key})"
-            raise InputError(f"{path} is {what}; give another one")
-        (model if kind == "model" else optimizer)[name] = value
-    return model, optimizer, run
+    moments = {}
+    for key, value in weights.others.items():
+        if key.startswith("optimizer."):
+            moments[key.removeprefix("optimizer.")] = value
+    return Checkpoint(weights.arrays, moments, run, weights.notes)
+
+
+def variant_of(arrays):
+    """The variant that has the widths and depths of `arrays`, None if none has."""
+    widths = [arrays[f"patch_embed{i}.0.weight"].shape[:2] for i in (2, 4)]
+    embed_dim = tuple(width for out_dim, in_dim in widths for width in (in_dim, out_dim))
+
+    def depths(*parts):
+        keys = [key.split(".") for key in arrays]
+        return tuple(len({key[1] for key in keys if key[0] == part}) for part in parts)
+
+    depth = depths("blocks1", "blocks2", "blocks3", "blocks4")
+    found = embed_dim, depth, depths("sub_blocks3", "sub_blocks4")
+    for name, variant in VARIANTS.items():
+        if found == (variant["embed_dim"], variant["depth"], variant["sub_depth"]):
+            return name
+    return None
+
+
+def fill(arrays, own, path, keep_classifier):
+    """Take from `own`, of the model, what `arrays` may lack. Returns all, and the classifiers taken.
+
+    Jittor and older versions of PyTorch do not count batches; a backbone has no classifiers; with
+    keep_classifier they may have another number of classes. Evaluation needs the main one alone.
+    """
+    filled, kept = dict(arrays), []
+    present = {key.partition(".")[0] for key in arrays}
+    for key, value in own.items():
+        head = key.partition(".")[0]
+        lacks_head = head in HEADS and head not in present
+        if lacks_head and head == "head" and not keep_classifier:
+            what = "a backbone without a classifier: there is nothing to evaluate"
+            raise InputError(f"{path} is {what}; train one from it with --init")
+        other_size = key in CLASSIFIERS and key in arrays and arrays[key].shape != value.shape
+        if lacks_head or other_size and keep_classifier:
+            filled[key] = value
+            kept.append(key)
+        elif key.endswith("num_batches_tracked"):
+            filled.setdefault(key, value)
+    return filled, kept
 
 
 def load_model(model, arrays, path, keep_classifier=False):
     """Load `arrays` into `model`. Raises InputError if a key or a shape differs, and names it.
 
-    With keep_classifier, classifiers of another number of classes stay as they are in `model`.
-    Returns the keys of those that stayed.
+    With keep_classifier, classifiers that have another number of classes, or that are not there,
+    stay as they are in `model`. Returns the keys of those that stayed.
     """
     own = model_arrays(model)
-    kept = []
-    for key in CLASSIFIERS:
-        if key in own and key in arrays and own[key].shape != arrays[key].shape and keep_classifier:
-            arrays = {**arrays, key: own[key]}
-            kept.append(key)
+    arrays, kept = fill(arrays, own, path, keep_classifier)
     missing, unexpected = own.keys() - arrays.keys(), arrays.keys() - own.keys()
     if missing or unexpected:
         counts = f"{len(missing)} keys are missing, {len(unexpected)} unknown"
         which = f"{counts}, such as {min(missing or unexpected)}"
         raise InputError(
-            f"{path} is a checkpoint of another model ({which}); give the right --model"
+            f"{path} is a checkpoint of another model ({which}); {right_model(arrays)}"
         )
     for key, value in arrays.items():
         if key in CLASSIFIERS and value.shape != own[key].shape:
@@ -126,9 +147,9 @@ def load_model(model, arrays, path, keep_classifier=False):
                 f"give --num-classes {value.shape[0]}, or --init to keep all but the classifier"
             )
         if value.shape != own[key].shape:
+            shapes = f"{key} is {value.shape} there, {own[key].shape} here"
             raise InputError(
-                f"{path} is a checkpoint of another model ({key} is {value.shape} there, "
-                f"{own[key].shape} here); give the right --model"
+                f"{path} is a checkpoint of another model ({shapes}); {right_model(arrays)}"
             )
     # Arrays, never stopped Vars: a parameter that is assigned one is frozen without a word.
     state = model.state_dict()
@@ -136,6 +157,12 @@ def load_model(model, arrays, path, keep_classifier=False):
         value = value.astype(own[key].dtype).reshape(state[key].shape)  # a scalar () -> (1,)
         state[key].update(jt.array(value))
     return kept
+
+
+def right_model(arrays):
+    """What to do about `arrays` that do not fit the model."""
+    variant = variant_of(arrays)
+    return f"give --model {variant}" if variant else "it is none of the variants that --model takes"
 
 
 def load_optimizer(model, optimizer, arrays, step, path):

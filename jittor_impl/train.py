@@ -31,6 +31,7 @@ from .dataset import load
 from .errors import InputError, stop
 from .progress import Progress, say
 from .run_files import RunFiles, epoch_line
+from .weights import is_merged
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORK = "Jittor"
@@ -84,10 +85,11 @@ def make_parser():
     add("--val-per-class", type=count, default=50, help="validation images of each class")
     add("--seed", type=seed, default=0, help="of initial weights, order of images and flips")
     add("--output", type=Path, default=ROOT / "logs", help="folder for logs and checkpoints")
-    add("--init", **path, help="start from these weights: ours, or an official .pth")
+    add("--init", **path, help="start from these weights: ours, official, timm's")
     resume = f"continue a stopped run, by default from last{SUFFIX}.safetensors in --output"
     add("--resume", **path, nargs="?", const=Path(), help=resume)
     add("--evaluate", **path, help="only measure this checkpoint on the validation images")
+    add("--use-ema", action="store_true", help="take a checkpoint's averaged weights (EMA)")
     devices = ("auto", "cpu", "cuda")
     add("--device", choices=devices, default="auto", help="auto takes the GPU if there is one")
     add("--no-progress", action="store_true", help="print one line per epoch and nothing between")
@@ -126,10 +128,11 @@ def choose_device(args):
     return f"CPU, {threads} threads"
 
 
-def make_model(args):
-    """The model of `args`, with its initial weights, on args.device."""
+def make_model(args, merged=False):
+    """The model of `args`, with its initial weights, on args.device; `merged`: its branches."""
     variant = models.VARIANTS[args.model]
-    model = models.OverLoCK(**variant, num_classes=args.num_classes, seed=args.seed)
+    of_args = dict(num_classes=args.num_classes, seed=args.seed)
+    model = models.OverLoCK(**variant, **of_args, deploy=merged)
     return model
 
 
@@ -237,13 +240,29 @@ def load_data(args, train_per_class):
     return load(args.data_dir, args.num_classes, train_per_class, args.val_per_class, shown)
 
 
+def check_classes(run, val, args, path):
+    """Raise InputError unless the checkpoint was trained on the classes that it is measured on."""
+    if not run:
+        taken = f"the first {args.num_classes} of {args.data_dir}, in sorted order"
+        return say(f"{path} does not say which classes it was trained on; taken to be {taken}")
+    trained = run["data"]["classes"]
+    for i, (theirs, ours) in enumerate(zip(trained, val.classes), 1):
+        if theirs != ours:
+            differs = f"class {i} is {theirs} there and {ours} in {args.data_dir}"
+            remedy = f"give the --data-dir that it was trained on, {run['args']['data_dir']}"
+            raise InputError(f"{path} was trained on other classes: {differs}; {remedy}")
+
+
 def evaluate_checkpoint(args):
     """What --evaluate does: say how good the checkpoint is."""
     path = args.evaluate
-    arrays, _, _ = read_checkpoint(path)
+    arrays, _, run, notes = read_checkpoint(path, args.use_ema)
     _, val = load_data(args, train_per_class=0)
-    model = make_model(args)
+    model = make_model(args, is_merged(arrays))
     load_model(model, arrays, path)
+    for note in notes:
+        say(note)
+    check_classes(run, val, args, path)
     result = evaluate(model, val, args)
     say(
         f"{path}: val loss {result['val_loss']:.4f}, top-1 {result['acc_top1']:.4f}, "
@@ -258,12 +277,14 @@ def start(args, files, device_name):
     the weights; run["history"] are the epochs that are done.
     """
     source = args.resume or args.init
-    arrays, moments, run = read_checkpoint(source) if source else ({}, {}, {})
+    arrays, moments, run, notes = {}, {}, {}, []
+    if source:
+        arrays, moments, run, notes = read_checkpoint(source, args.use_ema)
     if args.resume:
         check_resumable(run, args, source)
     files.check_writable()
     train, val = load_data(args, args.train_per_class)
-    model = make_model(args)
+    model = make_model(args, is_merged(arrays))
     kept = load_model(model, arrays, source, keep_classifier=source == args.init) if source else []
     check_last_batch(train, args.batch_size)
     optimizer = make_optimizer(model, args)
@@ -289,9 +310,15 @@ def start(args, files, device_name):
         f"{args.model}, {parameters:,} parameters; {len(train)} training and {len(val)} validation "
         f"images of {args.num_classes} classes: {' '.join(train.classes)}"
     )
+    for note in notes:
+        files.log(note)
+    if is_merged(arrays) and not args.resume:
+        lower = "upstream found the accuracy somewhat lower than from branches"
+        files.log(f"{source} has merged branches, and so has this model ({lower})")
     if kept:
-        names = ", ".join(kept)
-        files.log(f"{source} was trained on other classes; left at their initial values: {names}")
+        reason = "was trained on other classes" if kept[0] in arrays else "has no classifier"
+        names = kept if kept[0] in arrays else dict.fromkeys(key.partition(".")[0] for key in kept)
+        files.log(f"{source} {reason}; left at their initial values: {', '.join(names)}")
     if args.resume:
         files.log_history(history, args.epochs)
         files.log(f"resumed from {source} after epoch {run['epoch']}")

@@ -78,12 +78,12 @@ def test_files_of_a_run(impl, finished):
     text = (output / f"log{impl.suffix}.txt").read_text()
     for words in ("NumPy", "CPU", '"batch_size": 16', "parameters", "n01 n02 n03", "epoch 3/3"):
         assert words in text and words in result.stdout
-    model, optimizer, run_info = read_checkpoint(output / f"last{impl.suffix}.safetensors")
+    model, optimizer, run_info, _ = read_checkpoint(output / f"last{impl.suffix}.safetensors")
     assert run_info["epoch"] == 3 and run_info["step"] == 9 and run_info["args"]["seed"] == 0
     assert len(run_info["history"]) == 3 and len(optimizer) > 100
     best = max(float(row["acc_top1"]) for row in table)
     assert run_info["best_top1"] == best
-    _, _, run_info = read_checkpoint(output / f"best{impl.suffix}.safetensors")
+    _, _, run_info, _ = read_checkpoint(output / f"best{impl.suffix}.safetensors")
     assert run_info["history"][-1]["acc_top1"] == best
     assert not list(output.glob("*.tmp"))
 
