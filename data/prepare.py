@@ -5,7 +5,8 @@
     python data/prepare.py --sample    draw a small set to data/sample; needs no network
     python data/prepare.py --verify    decode every image and check every list
 
-The layout is that of the official archive; the columns of the lists are separated by tabs:
+--verify takes whatever data set train.py takes, see docs/install.md. The others make the layout of
+the official archive; the columns of its lists are separated by tabs:
 
     wnids.txt                          class id
     words.txt                          class id, name
@@ -35,6 +36,10 @@ from PIL import Image
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent))
+from jittor_impl import dataset  # noqa: E402  # no framework: torch_impl's is the same file
+from jittor_impl.errors import InputError  # noqa: E402
+
 ROOT = "tiny-imagenet-200"  # the folder inside the archive
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -57,10 +62,6 @@ SHAPES = {
     "star": lambda x, y: 0.65 + 0.35 * np.cos(5 * np.arctan2(y, x)) - np.hypot(x, y),
     "crescent": lambda x, y: np.minimum(1 - np.hypot(x, y), np.hypot(x - 0.5, y) - 0.75),
 }
-
-
-class PrepareError(Exception):
-    """Something the user can mend; its text is "what is wrong; what to do"."""
 
 
 @contextmanager
@@ -87,7 +88,7 @@ def read_rows(folder, name, columns):
     """
     if not (folder / name).is_file():
         raise ValueError(f"{name} is missing")
-    with (folder / name).open(encoding="utf-8", errors="replace") as file:
+    with (folder / name).open(encoding="utf-8-sig", errors="replace") as file:
         rows = [line.rstrip("\n").split("\t") for line in file if line.strip()]
     for number, row in enumerate(rows, 1):
         box = row[-4:] if columns > 4 else []
@@ -97,52 +98,118 @@ def read_rows(folder, name, columns):
 
 
 def survey(folder):
-    """Compare the lists of the data set in `folder` with its image files, without opening an image.
+    """What train.py finds in `folder`, without opening an image.
 
-    Returns (train, val): the number of images of each class as {class id: count}, in the order of
-    wnids.txt. Raises ValueError for the first thing that is wrong.
+    Returns (train, val, flat): {class: paths of its images} for training and for validation, and
+    the folder where the validation images lie flat, None where they lie in class folders. Raises
+    InputError where train.py does.
     """
-    classes = [row[0] for row in read_rows(folder, "wnids.txt", 1)]
-    # The official words.txt names many more than 200.
-    words = {row[0] for row in read_rows(folder, "words.txt", 2)}
-    folders = {path.name for path in folder.glob("train/*") if path.is_dir()}
-    odd = (folders ^ set(classes)) | (set(classes) - words)
-    if odd:
-        raise ValueError(f"wnids.txt, words.txt and train/ disagree about class {min(odd)!r}")
+    classes = dataset.find_classes(folder)
+    train = {name: dataset.images_of(folder / "train" / name) for name in classes}
+    place, annotated = dataset.find_validation(folder / "val", classes)
+    if annotated is None:
+        val = {path.name: dataset.images_of(path) for path in dataset.class_folders(place)}
+        return train, {name: paths for name, paths in val.items() if paths}, None
+    return train, {name: [place / file for file in annotated[name]] for name in annotated}, place
 
-    train = {}
-    for wnid in classes:
-        images = {path.name for path in (folder / "train" / wnid / "images").glob("*.JPEG")}
-        lost = {row[0] for row in read_rows(folder, f"train/{wnid}/{wnid}_boxes.txt", 5)} - images
-        if lost:
-            raise ValueError(f"train/{wnid}/{wnid}_boxes.txt names {min(lost)!r}, which is missing")
-        train[wnid] = len(images)
 
-    images = {path.name for path in folder.glob("val/images/*.JPEG")}
-    rows = read_rows(folder, "val/val_annotations.txt", 6)
-    odd = images ^ {row[0] for row in rows}
+def some(names):
+    """The first of a set of names, for a message."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(repr, sorted(names)[:5])) + more
+
+
+def check_wnids(folder, train):
+    """Raise ValueError unless wnids.txt has the classes of train/."""
+    wnids = [row[0] for row in read_rows(folder, "wnids.txt", 1)]
+    odd = train.keys() ^ set(wnids)
     if odd:
-        raise ValueError(f"val/images and val/val_annotations.txt disagree about {min(odd)!r}")
-    val = Counter(row[1] for row in rows)
-    odd = val.keys() ^ set(classes)
+        raise ValueError(f"wnids.txt and train/ disagree about class {some(odd)}")
+    if len(wnids) > len(train):
+        raise ValueError("wnids.txt repeats a line")
+
+
+def check_words(folder, train):
+    """Raise ValueError unless words.txt has each class; the official one has many more."""
+    odd = train.keys() - {row[0] for row in read_rows(folder, "words.txt", 2)}
     if odd:
-        raise ValueError(f"val/val_annotations.txt and wnids.txt disagree about class {min(odd)!r}")
-    if len(classes) > len(train) or len(rows) > len(images):
-        raise ValueError("wnids.txt or val/val_annotations.txt repeats a line")
-    if not classes or 0 in train.values():
-        raise ValueError("a class has no training images")
-    return train, {wnid: val[wnid] for wnid in classes}
+        raise ValueError(f"words.txt lacks class {some(odd)}")
+
+
+def check_boxes(folder, wnid, images):
+    """Raise ValueError unless all that the list of boxes names is among the paths `images`."""
+    name = f"train/{wnid}/{wnid}_boxes.txt"
+    lost = {row[0] for row in read_rows(folder, name, 5)} - {path.name for path in images}
+    if lost:
+        raise ValueError(f"{name} names {some(lost)}, which is missing")
+
+
+def check_annotations(val, flat):
+    """Raise ValueError unless val_annotations.txt has each image once; arguments as of survey()."""
+    named = [path.name for paths in val.values() for path in paths]
+    odd = {path.name for path in dataset.images_in(flat)} ^ set(named)
+    if odd:
+        raise ValueError(f"val_annotations.txt and {flat} disagree about {some(odd)}")
+    if len(named) > len(set(named)):
+        raise ValueError("val_annotations.txt repeats a line")
+
+
+def check_classes(train, val, flat):
+    """Raise ValueError unless each class has images in both splits; arguments as of survey()."""
+    empty = {name for name, paths in train.items() if not paths}
+    if empty:
+        raise ValueError(f"there are no training images of class {some(empty)}")
+    odd = train.keys() ^ val.keys()
+    if odd:
+        where = "val_annotations.txt" if flat else "val/"
+        raise ValueError(f"train/ and {where} disagree about class {some(odd)}")
+
+
+def problems(folder, found, complete=False):
+    """Yield (what is wrong, what to do) where lists and images do not fit; `found` by survey().
+
+    Lists that train.py does not read may be missing, unless the set has to be `complete`.
+    """
+    train, val, flat = found
+    checks = [("wnids.txt", check_wnids, folder, train), ("words.txt", check_words, folder, train)]
+    for wnid, images in train.items():
+        checks.append((f"train/{wnid}/{wnid}_boxes.txt", check_boxes, folder, wnid, images))
+    for name, check, *arguments in checks:
+        if complete or (folder / name).exists():
+            try:
+                check(*arguments)
+            except ValueError as error:
+                yield str(error), "mend the list, or delete it: train.py does not read it"
+    checks = [(check_annotations, val, flat)] if flat else []
+    checks.append((check_classes, train, val, flat))
+    for check, *arguments in checks:
+        try:
+            check(*arguments)
+        except ValueError as error:
+            yield str(error), "add or remove what differs"
+
+
+def check_complete(folder):
+    """Return survey(folder). Raises ValueError unless all lists are there and fit."""
+    try:
+        found = survey(folder)
+    except InputError as error:
+        # The folder may be staging()'s, whose name tells nobody anything.
+        raise ValueError(str(error).replace(f"{folder}/", "")) from None
+    for wrong, _ in problems(folder, found, complete=True):
+        raise ValueError(wrong)
+    return found
 
 
 def summary(folder, train, val):
     """One line that says what lies in `folder`; `train` and `val` as from survey()."""
-    training, validation = sum(train.values()), sum(val.values())
+    training, validation = (sum(map(len, split.values())) for split in (train, val))
     return f"{folder}: {len(train)} classes, {training} training, {validation} validation images"
 
 
 @contextmanager
 def staging(target):
-    """Yield a new folder beside `target`, renamed to it once it is filled and has passed survey().
+    """Yield a new folder beside `target`, renamed to it once it is filled and complete.
 
     So nothing unfinished ever bears the final name, whatever stops a run; the next run removes what
     a killed one left.
@@ -154,43 +221,44 @@ def staging(target):
     folder.mkdir()
     try:
         yield folder
-        survey(folder)
+        check_complete(folder)
         folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_member(member):
-    """Raise PrepareError unless the ZipInfo `member` is a folder or a plain file inside ROOT.
+    """Whether to unpack the ZipInfo `member`: not what systems leave in archives.
 
-    It must be so on every system.
+    Raises InputError unless it is a folder or a plain file, and lies inside ROOT, on every system.
     """
     name = member.filename
-    outer, *inner = name.removesuffix("/").split("/")
-    portable = all(part.strip(" .") for part in inner) and not set("\\:") & set(name)
-    inside = outer == ROOT and portable
+    parts = name.removesuffix("/").split("/")
+    junk = any(map(dataset.is_junk, parts))
+    portable = all(part.strip(" .") for part in parts) and not set("\\:") & set(name)
+    inside = portable and (junk or parts[0] == ROOT and (len(parts) > 1 or member.is_dir()))
     kind = stat.S_IFMT(member.external_attr >> 16)
     # zipfile cuts a name at a NUL byte, and on Windows it turns backslashes:
     # a name that it changed is a trick.
     plain = name == member.orig_filename and kind in (0, stat.S_IFREG, stat.S_IFDIR)
-    if not inside or not plain or not (inner or member.is_dir()):
-        raise PrepareError(
+    if not inside or not plain:
+        raise InputError(
             f"the archive holds {member.orig_filename!r}, which is not a plain file "
             f"inside {ROOT}/; nothing was unpacked, use the official archive"
         )
+    return not junk
 
 
 def unpack(archive_file, target):
     """Unpack a TinyImageNet archive to the new folder `target`.
 
-    Raises PrepareError, and leaves nothing behind, if the archive is damaged, is incomplete or
+    Raises InputError, and leaves nothing behind, if the archive is damaged, is incomplete or
     reaches outside `target`.
     """
     try:
         with zipfile.ZipFile(archive_file) as archive:
-            for member in archive.infolist():
-                check_member(member)
-            files = [member for member in archive.infolist() if not member.is_dir()]
+            members = [member for member in archive.infolist() if check_member(member)]
+            files = [member for member in members if not member.is_dir()]
             with staging(target) as folder, progress("unpacking", len(files), "file") as advance:
                 for member in files:
                     path = folder.joinpath(*member.filename.split("/")[1:])
@@ -199,16 +267,16 @@ def unpack(archive_file, target):
                     with archive.open(member) as source, path.open("xb") as copy:
                         shutil.copyfileobj(source, copy)
                     advance(1)
-    except PrepareError:
+    except InputError:
         raise
     except OSError as error:
-        raise PrepareError(
+        raise InputError(
             f"cannot unpack {archive_file} to {target} ({error}); "
             "check both paths and the free space"
         ) from error
     except Exception as error:
-        # ValueError from survey(), and whatever zipfile raises: that depends on the damage.
-        raise PrepareError(
+        # What check_complete() raises, and whatever zipfile raises: that depends on the damage.
+        raise InputError(
             f"{archive_file} is damaged or no archive of TinyImageNet ({error}); "
             "use the official archive"
         ) from error
@@ -224,14 +292,14 @@ def md5(path):
 
 
 def read_chunks(response):
-    """Yield the body of an HTTP response in pieces. Raises PrepareError if it ends early."""
+    """Yield the body of an HTTP response in pieces. Raises InputError if it ends early."""
     try:
         while chunk := response.read(CHUNK):
             yield chunk
         if response.length:  # what was announced and has not come; read() itself is silent about it
             raise http.client.IncompleteRead(b"", response.length)
     except (OSError, http.client.HTTPException) as error:
-        raise PrepareError(
+        raise InputError(
             f"the download broke off ({error}); run the same command again to go on"
         ) from error
 
@@ -239,7 +307,7 @@ def read_chunks(response):
 def download(part):
     """Append to the file `part` what it lacks of URL.
 
-    Raises PrepareError if the server does not deliver it.
+    Raises InputError if the server does not deliver it.
     """
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(URL, headers={"Range": f"bytes={have}-"} if have else {})
@@ -249,7 +317,7 @@ def download(part):
         status = error.code if isinstance(error, urllib.error.HTTPError) else None
         if status == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             return  # nothing lies beyond what is here; its md5 sum will tell whether it is right
-        raise PrepareError(
+        raise InputError(
             f"cannot download {URL} ({error}); fetch it on another machine (248,100,043 bytes, "
             f"md5 {MD5}) and give it with --zip FILE, or draw a small set with --sample"
         ) from error
@@ -278,7 +346,7 @@ def download_and_unpack(target):
         found = md5(part)
         if found != MD5:
             part.unlink()
-            raise PrepareError(
+            raise InputError(
                 f"the download has md5 {found} instead of {MD5} and was removed; run the same "
                 "command again, or fetch the archive in another way and give it with --zip FILE"
             )
@@ -366,45 +434,46 @@ def draw_sample(target, classes, train, val, seed):
 
 
 def report(message):
-    """Print an error on stderr, on one line whatever it quotes."""
-    print("prepare.py: error:", " ".join(message.split()), file=sys.stderr)
+    """Print an error on stderr, on one line whatever it quotes; spaces in paths stay."""
+    print("prepare.py: error:", " ".join(message.splitlines()), file=sys.stderr)
 
 
 def verify(folder):
     """Decode every image of the data set in `folder` and print the counts of each class.
 
-    Returns the exit status: 2 after a line on stderr for each broken image, else 0. Raises
-    ValueError as survey() does.
+    Returns the exit status: 2 after a line on stderr for each thing that is wrong, else 0. Raises
+    InputError where it is no data set.
     """
-    train, val = survey(folder)
-    broken = []
-    images = sorted(folder.rglob("*.JPEG"))
+    found = train, val, flat = survey(folder)
+    wrong = [f"{folder}: {what}; {remedy}" for what, remedy in problems(folder, found)]
+    images = [path for paths in train.values() for path in paths]
+    images += dataset.images_in(flat) if flat else [p for paths in val.values() for p in paths]
+    broken, sizes = {}, {}
     with progress("decoding", len(images), "image") as advance:
         for path in images:
             try:
-                with Image.open(path) as image:
-                    image.load()
-                    if image.size != (SIZE, SIZE):
-                        raise ValueError(f"it is {image.width}x{image.height}, not {SIZE}x{SIZE}")
-            except Exception as error:
-                # Pillow raises many types, according to where a file is damaged.
-                broken.append(
-                    f"{path} is no valid image ({error}); remove {folder} and prepare it again"
-                )
+                sizes[path] = dataset.size(dataset.decode_one(path))
+            except InputError as error:
+                broken[path] = str(error)
             advance(1)
-    for message in broken:
+    if sizes:
+        ((usual, _),) = Counter(sizes.values()).most_common(1)
+        for path, size in sizes.items():
+            if size != usual:
+                broken[path] = f"{path} is {size} pixels, most images are {usual}; resize it"
+    for message in wrong + [broken[path] for path in images if path in broken]:
         report(message)
     for wnid in train:
-        print(f"{wnid}  train {train[wnid]:4}  val {val[wnid]:3}")
+        print(f"{wnid}  train {len(train[wnid]):4}  val {len(val.get(wnid, [])):3}")
     print(f"{summary(folder, train, val)}, {len(broken)} broken")
-    return 2 if broken else 0
+    return 2 if wrong or broken else 0
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors leave the way all others do."""
 
     def error(self, message):
-        raise PrepareError(f"{message}; correct the command (--help lists the options)")
+        raise InputError(f"{message}; correct the command (--help lists the options)")
 
 
 def at_least(low):
@@ -419,7 +488,7 @@ def at_least(low):
 
 
 def parse_arguments(argv):
-    """Read the command line. Raises PrepareError if it is wrong."""
+    """Read the command line. Raises InputError if it is wrong."""
     parser = Parser(
         prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -474,36 +543,45 @@ def parse_arguments(argv):
 def run(args):
     """Do what the command line asks for; returns the exit status."""
     target = (args.output or DATA / ("sample" if args.sample else ROOT)).resolve()
-    if args.verify or target.exists():
+    if args.verify:
+        if not target.is_dir():
+            raise InputError(
+                f"{target} is missing or no folder; name the folder of a data set with --output, "
+                "or leave --verify out to make it"
+            )
+        return verify(target)
+    if target.exists():
         if args.zip or args.sample:
-            raise PrepareError(
+            raise InputError(
                 f"{target} exists already; remove it first or name another folder with --output"
             )
         try:
-            if args.verify:
-                return verify(target)
-            print("already there:", summary(target, *survey(target)))
-            return 0
+            train, val, _ = check_complete(target)
         except ValueError as error:
-            raise PrepareError(
-                f"{target} is not a complete data set: {error}; "
-                "remove what is there and prepare it again"
+            check = dataset.advice("to check it as train.py reads it", target, "--verify")
+            raise InputError(
+                f"{target} is not a complete TinyImageNet ({error}); move or remove it and run "
+                f"the same command again{check}"
             ) from error
+        print("already there:", summary(target, train, val))
+        return 0
     if args.sample:
         draw_sample(target, args.sample_classes, args.sample_train, args.sample_val, args.seed)
     elif args.zip:
         unpack(args.zip, target)
     else:
         download_and_unpack(target)
-    print(summary(target, *survey(target)))
+    train, val, _ = survey(target)
+    print(summary(target, train, val))
     return 0
 
 
 def main(argv=None):
     """Run the command line; returns the exit status: 0, 2 after an error, 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
     try:
         return run(parse_arguments(argv))
-    except PrepareError as error:
+    except InputError as error:
         report(str(error))
     except OSError as error:
         report(f"{error}; check the path, its permissions and the free space")

@@ -11,5 +11,5 @@ class InputError(Exception):
 
 def stop(program, status, message):
     """Exit with one line on the terminal's error stream."""
-    say(f"{program}: " + " ".join(message.split()), sys.stderr)
+    say(f"{program}: " + " ".join(message.splitlines()), sys.stderr)
     sys.exit(status)

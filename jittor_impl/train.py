@@ -368,6 +368,8 @@ def run_training(args, files):
 
 
 def main():
+    for stream in (sys.stdout, sys.stderr):  # a class's name may have letters that it lacks
+        stream.reconfigure(errors="backslashreplace")
     args = parse_args()
     files = RunFiles(args.output, SUFFIX)
     interrupted = False

@@ -5,8 +5,11 @@ Small archives and a web server on this machine stand for the official ones.
 
 import hashlib
 import importlib.util
+import os
 import re
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from under_test import module
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "prepare.py"
 SPEC = importlib.util.spec_from_file_location("prepare", SCRIPT)
@@ -212,6 +216,10 @@ def member(name, mode=0):
         member("tiny-imagenet-200/evil\0.JPEG"),
         member("tiny-imagenet-200/link", 0o120777),
         member("tiny-imagenet-200/fifo", 0o010644),
+        member("__MACOSX/../../evil"),
+        member(".DS_Store/../evil"),
+        member("tiny-imagenet-200/.hidden/..\\evil"),
+        member("__MACOSX/link", 0o120777),
     ],
     ids=lambda info: info.filename.encode("unicode_escape").decode(),
 )
@@ -240,6 +248,38 @@ def test_incomplete_archive_is_refused(run, lost, said, files, tmp_path):
                 file.writestr(f"tiny-imagenet-200/{name}", data)
     assert_error(run("--zip", tmp_path / "set.zip", "--output", tmp_path / "set"), "set.zip", said)
     assert [path.name for path in tmp_path.iterdir()] == ["set.zip"]
+
+
+JUNK = [
+    *(".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/", "__MACOSX/tiny-imagenet-200/._train"),
+    *("tiny-imagenet-200/.DS_Store", "tiny-imagenet-200/train/Thumbs.db"),
+    "tiny-imagenet-200/train/.ipynb_checkpoints/images/n00000001_0.JPEG",
+    "tiny-imagenet-200/train/n00000001/images/._n00000001_0.JPEG",
+    *("tiny-imagenet-200/val/images/DESKTOP.INI", "tiny-imagenet-200/val/images/._val_0.JPEG"),
+]
+
+
+def test_what_systems_leave_in_archives_is_not_unpacked(run, files, archive, tmp_path):
+    with zipfile.ZipFile(archive, "a") as file:
+        for name in JUNK:
+            file.writestr(name, b"")
+    result = run("--zip", archive, "--output", tmp_path / "set")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert contents(tmp_path / "set") == files
+
+
+def test_what_systems_leave_in_folders_is_passed_over(run, folder):
+    for name in JUNK:
+        path = folder / name.removeprefix("tiny-imagenet-200/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir(exist_ok=True)
+        else:
+            path.write_bytes(b"")
+    for task in ([], ["--verify"]):
+        result = run(*task, "--output", folder)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "3 classes, 24 training, 6 validation images" in result.stdout
 
 
 def flip_a_byte(data):
@@ -415,6 +455,134 @@ def test_verify_without_a_data_set(run, tmp_path):
     assert_error(run("--verify", "--output", tmp_path / "nothing"), "nothing", "missing")
 
 
+def sort_validation(folder, inner="", below=""):
+    """Move the validation images to val/<inner>/<class>/<below>, as many scripts do."""
+    for line in (folder / "val" / "val_annotations.txt").read_text().splitlines():
+        name, wnid, *_ = line.split("\t")
+        (folder / "val" / inner / wnid / below).mkdir(parents=True, exist_ok=True)
+        (folder / "val" / "images" / name).rename(folder / "val" / inner / wnid / below / name)
+
+
+def to_image_folder(folder):
+    """Make it train/<class>/*.png and val/<class>/*.png of 40x24 pixels, without any list."""
+    sort_validation(folder)
+    for path in [*folder.rglob("*.txt")]:
+        path.unlink()
+    for path in [*folder.rglob("*.JPEG")]:
+        place = path.parent.parent if path.parent.name == "images" else path.parent
+        Image.open(path).resize((40, 24)).save(place / f"{path.stem}.PNG")
+        path.unlink()
+    for number, name in enumerate(("a cat", "dog.v2", "狗 二"), 1):
+        for split in ("train", "val"):
+            (folder / split / f"n0000000{number}").rename(folder / split / name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: sort_validation(folder),
+        lambda folder: sort_validation(folder, below="images"),
+        lambda folder: sort_validation(folder, inner="images"),
+        to_image_folder,
+    ],
+    ids=["sorted", "sorted with images/", "sorted below images/", "any data set"],
+)
+def test_verify_takes_the_layouts_that_train_takes(run, folder, change):
+    change(folder)
+    train, val = module("dataset").load(folder, 3, 8, 2)
+    assert (len(train), len(val)) == (24, 6)
+    result = run("--verify", "--output", folder)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("train    8  val   2\n") == 3
+    assert "3 classes, 24 training, 6 validation images, 0 broken" in result.stdout
+    broken = [min(folder.rglob(f"{name}.[JP][PN]*G")) for name in ("n00000002_5", "val_4")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:-300])
+    result = run("--verify", "--output", folder)
+    assert result.returncode == 2 and "2 broken" in result.stdout
+    for path, line in zip(broken, result.stderr.splitlines()):
+        assert line == f"prepare.py: error: {path} cannot be read (truncated); replace it"
+
+
+@pytest.mark.parametrize("linked", ["train", "train/n00000002", "val", "."])
+def test_verify_follows_links(run, folder, linked):
+    images = [folder / "train" / "n00000002" / "images" / "n00000002_3.JPEG"]
+    images.append(folder / "val" / "images" / "val_1.JPEG")
+    for path in images:
+        path.write_bytes(path.read_bytes()[:-300])
+    path = folder / linked
+    path.rename(folder.parent / "elsewhere")
+    path.symlink_to(folder.parent / "elsewhere")
+    result = run("--verify", "--output", folder)
+    assert result.returncode == 2 and "2 broken" in result.stdout
+    for path, line in zip(images, result.stderr.splitlines()):
+        assert path.name in line and "truncated" in line
+
+
+@pytest.mark.parametrize("task", [[], ["--verify"]])
+def test_lists_written_on_windows(run, folder, task):
+    lists = list(folder.rglob("*.txt"))
+    assert len(lists) == 6
+    for path in lists:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    result = run(*task, "--output", folder)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_verify_names_list_and_images_and_following_it_mends_the_set(run, folder):
+    (folder / "wnids.txt").write_text("n00000001\nn00000003\n")
+    (folder / "words.txt").write_text("n00000001\n")
+    boxes = folder / "train" / "n00000003" / "n00000003_boxes.txt"
+    boxes.write_text("gone.JPEG\t0\t0\t1\t1\n")
+    image = folder / "train" / "n00000002" / "images" / "n00000002_0.JPEG"
+    Image.open(image).resize((9, 5)).save(image)
+    result = run("--verify", "--output", folder)
+    wnids, words, boxed, size = result.stderr.splitlines()
+    for line, path in ((wnids, "wnids.txt"), (words, "words.txt"), (boxed, boxes.name)):
+        assert path in line and line.endswith(
+            "; mend the list, or delete it: train.py does not read it"
+        )
+    assert f"{image} is 9x5 pixels, most images are 64x64; resize it" in size
+    for path in (folder / "wnids.txt", folder / "words.txt", boxes):
+        path.unlink()
+    Image.open(image).resize((64, 64)).save(image)
+    assert run("--verify", "--output", folder).returncode == 0
+
+
+def test_verify_names_a_validation_class_that_is_missing_beside_broken_images(run, folder):
+    sort_validation(folder)
+    shutil.rmtree(folder / "val" / "n00000003")
+    (folder / "val" / "other").mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "val" / "other" / "1.png")
+    (folder / "train" / "n00000001" / "images" / "n00000001_0.JPEG").write_bytes(b"")
+    result = run("--verify", "--output", folder)
+    classes, image = result.stderr.splitlines()
+    assert "train/ and val/ disagree about class 'n00000003', 'other'; add or remove" in classes
+    assert "n00000001_0.JPEG cannot be read (not an image)" in image
+
+
+def test_verify_prints_any_name_on_any_terminal(folder):
+    to_image_folder(folder)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = run_script("--verify", "--output", folder, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\\u72d7 \\u4e8c  train    8  val   2" in result.stdout
+
+
+def test_verify_of_no_data_set_says_what_is_lacking(run, folder):
+    shutil.rmtree(folder / "val")
+    assert_error(run("--verify", "--output", folder), f"{folder} is not", "lacks val/; give")
+
+
+def test_verify_advises_nobody_to_remove_data(run, folder):
+    to_image_folder(folder)
+    for path in folder.glob("val/*/*.PNG"):
+        path.write_bytes(b"")
+    result = run("--verify", "--output", folder)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 6
+    assert "remove" not in result.stderr and "prepare it again" not in result.stderr
+
+
 # Download
 
 
@@ -543,3 +711,27 @@ def test_no_network_says_what_to_do(download, part, monkeypatch):
 def test_incomplete_set_is_not_taken_for_complete(run, folder):
     (folder / "words.txt").unlink()
     assert_error(run("--output", folder), str(folder), "words.txt is missing", "remove")
+
+
+def test_data_of_another_kind_is_checked_by_the_command_that_is_advised(run, folder):
+    own = folder.rename(folder.parent / "my  own 'data'")  # two spaces
+    to_image_folder(own)
+    result = run("--output", own)
+    assert_error(result, f"{own} is not a complete TinyImageNet (wnids.txt is missing)", "move or")
+    command = result.stderr.split(": ")[-1]
+    checked = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert "24 training, 6 validation images, 0 broken" in checked.stdout
+
+
+def test_advice_of_train_where_there_is_no_data_set_downloads_it(server, run, files, tmp_path):
+    place = tmp_path / "my data" / "tiny"
+    dataset = module("dataset")
+    with pytest.raises(dataset.InputError, match="no data set at .*--data-dir") as caught:
+        dataset.load(place, 3, 8, 2)
+    _, script, *arguments = shlex.split(str(caught.value).split(": ")[-1])
+    assert Path(script).resolve() == SCRIPT
+    result = run(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert contents(place) == files
+    dataset.load(place, 3, 8, 2)

@@ -1,8 +1,11 @@
 """TinyImageNet in memory: read once, checked before training, then batches by seed and epoch.
 
-Nothing here depends on a framework: both implementations get the same NumPy arrays, bit by bit.
+Other data sets of images in class folders are read in the same way. Nothing here depends on a
+framework: both implementations get the same NumPy arrays, bit by bit.
 """
 
+import os
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +17,19 @@ from .errors import InputError
 
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)  # of ImageNet, RGB, pixels in 0..1
 STD = np.array((0.229, 0.224, 0.225), np.float32)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # of images, in any case
+JUNK = {  # what systems and NAS boxes leave in folders and archives, in small letters
+    *("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("@eadir", "lost+found"),
+}
+PREPARE = Path(__file__).resolve().parent.parent / "data" / "prepare.py"
 
 
 class TinyImageNet:
     """One split of the data set.
 
-    `images` (N, H, W, 3) uint8, `labels` (N,) int64, `classes` the WordNet ids in sorted order.
+    `images` (N, H, W, 3) uint8, `labels` (N,) int64, `classes` the names of the class folders
+    (TinyImageNet: WordNet ids) in sorted order.
     """
 
     def __init__(self, paths, labels, classes, progress):
@@ -58,74 +68,174 @@ def normalise(images):
 
 
 def load(data_dir, num_classes, train_per_class, val_per_class, progress=True):
-    """Read the first `num_classes` classes, in sorted order, of a folder in TinyImageNet's layout.
+    """Read the first `num_classes` classes, in sorted order, of a folder with train/ and val/.
 
-    Of each class, the first `train_per_class` and `val_per_class` images (by name; as annotated).
-    Returns the training split, None for train_per_class=0, and the validation split. Raises
-    InputError, naming the file.
+    Of each class, the first `train_per_class` and `val_per_class` images: by name, or as annotated
+    where validation images lie flat. Returns the training split, None for train_per_class=0, and
+    the validation split. Raises InputError, naming the file.
     """
     data_dir = Path(data_dir)
     train_dir, val_dir = data_dir / "train", data_dir / "val"
-    if not data_dir.is_dir():
-        raise InputError(
-            f"no data set at {data_dir}; python data/prepare.py downloads it, "
-            "--data-dir names another place"
-        )
-    if not train_dir.is_dir() or not (val_dir / "val_annotations.txt").is_file():
-        raise InputError(
-            f"{data_dir} is not TinyImageNet: it lacks train/ or val/val_annotations.txt; "
-            "python data/prepare.py makes the right layout"
-        )
-    folders = [p.name for p in train_dir.iterdir() if p.is_dir()]
-    available = sorted(name for name in folders if not name.startswith("."))
+    available = find_classes(data_dir)
     if num_classes > len(available):
         has = f"{train_dir} has {len(available)} classes"
-        raise InputError(f"{has}, {num_classes} were asked for; lower --num-classes")
+        raise InputError(
+            f"{has}, {num_classes} were asked for; lower --num-classes to {len(available)}"
+        )
     classes = available[:num_classes]
 
-    train_paths, val_paths = [], []
-    annotated = read_annotations(val_dir)
-    for wnid in classes:
-        images = sorted(p for p in (train_dir / wnid / "images").glob("*") if p.is_file())
-        what = f"training images in {train_dir / wnid}"
-        train_paths.append(take(images, train_per_class, what, "--train-per-class"))
-        images = annotated.get(wnid, [])
-        what = f"validation images of class {wnid}"
-        val_paths.append(take(images, val_per_class, what, "--val-per-class"))
+    training = {name: images_of(train_dir / name) for name in classes}
+    folder, annotated = find_validation(val_dir, classes)
+    if annotated is None:
+        for name in classes:
+            if not (folder / name).is_dir():
+                raise InputError(
+                    f"{folder / name} is missing: each class of {train_dir} needs such a folder "
+                    "with its validation images; add it"
+                )
+        validation = {name: images_of(folder / name) for name in classes}
+    else:
+        validation = {name: [folder / file for file in annotated.get(name, ())] for name in classes}
+    check_counts(training, train_per_class, f"training images in {train_dir}", "train", data_dir)
+    check_counts(validation, val_per_class, f"validation images in {val_dir}", "val", data_dir)
+
     splits = []
-    for paths in (train_paths, val_paths):
-        labels = [label for label, images in enumerate(paths) for _ in images]
-        paths = [path for images in paths for path in images]
-        splits.append(TinyImageNet(paths, labels, classes, progress) if paths else None)
-    train, val = splits
-    if train and train.images.shape[1:] != val.images.shape[1:]:
-        raise InputError(
-            f"{data_dir}: training images are {train.images.shape[1:3]} pixels, validation images "
-            f"{val.images.shape[1:3]}; python data/prepare.py --verify checks the data set"
-        )
+    try:
+        for images_by_class, count in ((training, train_per_class), (validation, val_per_class)):
+            paths = [path for images in images_by_class.values() for path in images[:count]]
+            labels = [label for label in range(num_classes) for _ in range(count)]
+            splits.append(TinyImageNet(paths, labels, classes, progress) if paths else None)
+        train, val = splits
+        if train and train.images.shape[1:] != val.images.shape[1:]:
+            raise InputError(
+                f"{data_dir}: training images are {size(train.images[0])} pixels, validation "
+                f"images {size(val.images[0])}; resize them to one size"
+            )
+    except InputError as error:
+        raise InputError(f"{error}{advice('to check every file', data_dir, '--verify')}") from None
     return train, val
 
 
-def take(images, count, what, option):
-    """The first `count` of `images`."""
-    if len(images) < count:
-        verify = "python data/prepare.py --verify checks the data set"
-        remedy = f"lower {option}" if images else verify
-        raise InputError(f"{len(images)} {what}, {count} were asked for; {remedy}")
-    return images[:count]
+def advice(purpose, data_dir, *options):
+    """The text "; PURPOSE: COMMAND", a shell command that runs data/prepare.py on `data_dir`.
+
+    It is empty where this folder was copied without data/prepare.py.
+    """
+    command = [sys.executable, os.path.relpath(PREPARE), *options, "--output", str(data_dir)]
+    return f"; {purpose}: {shlex.join(command)}" if PREPARE.is_file() else ""
+
+
+def is_junk(name):
+    """Whether a file or folder of this name is hidden or left by a system: no image, no class."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def listed(folder):
+    """Paths in a folder, by name, without junk; none where there is no such folder."""
+    try:
+        return sorted(path for path in folder.iterdir() if not is_junk(path.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def images_in(folder):
+    """Paths of the images that lie in a folder itself, by name."""
+    # A link that leads nowhere counts: decoding then names it.
+    suited = (path for path in listed(folder) if path.suffix.lower() in SUFFIXES)
+    return [path for path in suited if not path.is_dir()]
+
+
+def images_of(folder):
+    """Paths of the images of a class folder, by name: those in its images/, else its own."""
+    return images_in(folder / "images") or images_in(folder)
+
+
+def class_folders(folder):
+    """Paths of the folders in `folder`, by name. Raises InputError for one that has no use."""
+    for path in listed(folder):
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a link that leads nowhere; mend or remove it")
+    folders = [path for path in listed(folder) if path.is_dir()]
+    for path in folders:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:  # unpacked under another encoding; a run's log is in UTF-8
+            raise InputError(f"the name of {str(path)!r} is not UTF-8; rename it") from None
+    return folders
+
+
+def find_classes(data_dir):
+    """The sorted names of the classes in data_dir/train.
+
+    Raises InputError where there are none, and where train/ or val/ is missing.
+    """
+    if not data_dir.exists():
+        download = advice("to download TinyImageNet to it", data_dir)
+        raise InputError(f"no data set at {data_dir}; name its folder with --data-dir{download}")
+    lacking = [f"{name}/" for name in ("train", "val") if not (data_dir / name).is_dir()]
+    if lacking:
+        # One folder too high or too low: archives are often unpacked into one more folder.
+        near = [
+            path
+            for path in (*listed(data_dir), data_dir.resolve().parent)
+            if (path / "train").is_dir() and (path / "val").is_dir()
+        ]
+        place = f": {shlex.quote(str(near[0]))}" if near else ""
+        raise InputError(
+            f"{data_dir} is not TinyImageNet and not laid out like it: it lacks "
+            f"{' and '.join(lacking)}; give the folder that has train/ and val/{place}"
+        )
+    classes = [path.name for path in class_folders(data_dir / "train")]
+    if not classes:
+        raise InputError(
+            f"{data_dir / 'train'} has no class folders; sort its images into one for each class"
+        )
+    return classes
+
+
+def find_validation(val_dir, classes):
+    """Where the validation images of `classes` lie: (folder, annotated).
+
+    They lie flat in the folder, and `annotated` is read_annotations()'s; or the folder holds class
+    folders, and it is None. Raises InputError where it is neither.
+    """
+    annotated = read_annotations(val_dir)
+    files = {file for names in annotated.values() for file in names}
+    for folder in (val_dir / "images", val_dir):
+        if not files.isdisjoint(path.name for path in images_in(folder)):
+            return folder, annotated
+    for folder in (val_dir, val_dir / "images"):
+        if any((folder / name).is_dir() for name in classes):
+            return folder, None
+    lists = "names none of its images" if annotated else "is missing"
+    raise InputError(
+        f"{val_dir / 'val_annotations.txt'} {lists}, and there are no class folders such as "
+        f"{val_dir / classes[0]}; add either"
+    )
+
+
+def check_counts(images, count, what, option, data_dir):
+    """Raise InputError unless each class has `count` images; `images` is {class: its images}."""
+    name = min(images, key=lambda name: len(images[name]))
+    have = len(images[name])
+    if have < count:
+        remedy = f"lower --{option}-per-class to {have}"
+        if not have:
+            add = f"add some (images end in {' '.join(SUFFIXES)})"
+            remedy = add + advice("to count those of each class", data_dir, "--verify")
+        raise InputError(f"{have} {what} of class {name}, {count} were asked for; {remedy}")
 
 
 def read_annotations(val_dir):
-    """{WordNet id: validation images, in the file's order}."""
+    """{class: names of its validation images, in the file's order}; empty without the file."""
     path = val_dir / "val_annotations.txt"
     annotated = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # "-sig": Windows writes a BOM
+    except FileNotFoundError:
+        return annotated
     except UnicodeDecodeError:
-        raise InputError(
-            f"{path} is not a text file; "
-            "python data/prepare.py --zip FILE unpacks the data set again"
-        ) from None
+        raise InputError(f"{path} is not a text file in UTF-8; save it as one") from None
     for number, line in enumerate(lines, 1):
         fields = line.split("\t")  # file, class, left, top, right, bottom
         if not line.strip():
@@ -134,25 +244,39 @@ def read_annotations(val_dir):
         if not has_box or not fields[0] or not fields[1]:
             raise InputError(
                 f"{path}, line {number}: expected file, class and box separated by tabs, "
-                f"got {line[:60]!r}; mend the line or unpack the data set again"
+                f"got {line[:60]!r}; mend the line"
             )
-        annotated.setdefault(fields[1], []).append(val_dir / "images" / fields[0])
+        annotated.setdefault(fields[1], []).append(fields[0])
     return annotated
 
 
+def size(image):
+    """How messages give the size of an image (H, W, 3)."""
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+def to_rgb(image):
+    """A Pillow image of any mode -> (H, W, 3) uint8."""
+    if image.mode.startswith("I"):
+        # 16-bit greyscale, which convert() would clip to white: its high byte, as Pillow reads
+        # 16-bit colour.
+        grey = (np.clip(np.asarray(image), 0, 0xFFFF) >> 8).astype(np.uint8)  # (H, W)
+        return np.stack([grey] * 3, axis=2)
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning
+    return np.asarray(image.convert("RGB"))
+
+
 def decode_one(path):
-    """One image file -> (H, W, 3) uint8; greyscale becomes RGB."""
+    """One image file -> (H, W, 3) uint8. Raises InputError."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return to_rgb(image)
     except Exception as error:
         # Missing, truncated, no image: Pillow raises what its decoders happen to raise.
         content = "truncated" if "truncated" in str(error) else "not an image"
         reason = getattr(error, "strerror", None) or content
-        raise InputError(
-            f"cannot read image {path} ({reason}); replace it, or unpack the data set again "
-            "(python data/prepare.py --verify lists every broken file)"
-        ) from None
+        raise InputError(f"{path} cannot be read ({reason}); replace it") from None
 
 
 def decode(paths, progress):
@@ -168,8 +292,8 @@ def decode(paths, progress):
                 images = np.empty((len(paths), *image.shape), np.uint8)
             if image.shape != images.shape[1:]:
                 raise InputError(
-                    f"{paths[i]} is {image.shape[1]}x{image.shape[0]} pixels, "
-                    f"the images before it are {images.shape[2]}x{images.shape[1]}; resize it"
+                    f"{paths[i]} is {size(image)} pixels, the images before it are "
+                    f"{size(images[0])}; resize it"
                 )
             images[i] = image
     finally:
