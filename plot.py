@@ -5,7 +5,7 @@
 
 Four panels: auxiliary loss, main loss, top-1 and top-5 accuracy; training is solid with round
 markers, validation dashed with square ones. A log is drawn as far as it goes: while its run goes
-on, beside a longer one, or alone. A thin third line, where the folder has log_torch_perturbed.csv, is
+on, beside a longer one, or alone. A thin third line, where there is a log_torch_perturbed.csv, is
 PyTorch from initial weights moved by one unit in the last place: what chance does.
 
 The main loss of training is the column train_loss_main. For a log without it (the published ones)

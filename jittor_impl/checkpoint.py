@@ -103,7 +103,7 @@ def variant_of(arrays):
 
 
 def fill(arrays, own, path, keep_classifier):
-    """Take from `own`, of the model, what `arrays` may lack. Returns all, and the classifiers taken.
+    """Take from `own`, of the model, what `arrays` may lack. Returns all, and classifiers taken.
 
     Jittor and older versions of PyTorch do not count batches; a backbone has no classifiers; with
     keep_classifier they may have another number of classes. Evaluation needs the main one alone.

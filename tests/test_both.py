@@ -19,7 +19,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # What Jittor alone needs lies in aligned/; the kernels are each framework's own.
 MIRRORED = sorted(path.name for path in (ROOT / "torch_impl").glob("*.py"))
-WITHOUT_FRAMEWORK = ["dataset.py", "errors.py", "progress.py", "read_pth.py", "run_files.py", "weights.py"]
+WITHOUT_FRAMEWORK = [
+    "dataset.py",
+    "errors.py",
+    "progress.py",
+    "read_pth.py",
+    "run_files.py",
+    "weights.py",
+]
 SIZES = ["-b", "16", "--num-classes", "3", "--train-per-class", "12", "--val-per-class", "6"]
 
 

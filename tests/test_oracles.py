@@ -24,7 +24,7 @@ def assert_equal_but_for_rounding(actual, expected, operations):
 
 
 def test_batches_are_flipped_tensors_normalised():
-    """ToTensor, RandomHorizontalFlip, Normalize: image by image, in our order and with our flips."""
+    """ToTensor, RandomHorizontalFlip, Normalize, image by image, in our order, with our flips."""
     data = object.__new__(dataset.TinyImageNet)
     generator = np.random.default_rng(0)
     data.images = generator.integers(0, 256, (40, 16, 20, 3)).astype(np.uint8)
