@@ -1,6 +1,9 @@
 """The files of a run, in --output: log.csv, log.txt, last.safetensors and best.safetensors."""
 
+import fcntl
 import os
+import socket
+from contextlib import contextmanager
 from itertools import count
 
 from .errors import InputError
@@ -42,7 +45,7 @@ class RunFiles:
 
     def __init__(self, output, suffix):
         self.output = output
-        self.probe = output / f".write{suffix}"
+        self.probe, self.lock = output / f".write{suffix}", output / f".lock{suffix}"
         self.csv, self.text = output / f"log{suffix}.csv", output / f"log{suffix}.txt"
         self.last = output / f"last{suffix}.safetensors"
         self.best = output / f"best{suffix}.safetensors"
@@ -57,6 +60,34 @@ class RunFiles:
         except OSError as error:
             reason = f"cannot write to {self.output} ({error.strerror})"
             raise InputError(f"{reason}; give another --output") from None
+
+    @contextmanager
+    def locked(self):
+        """Keep other runs of this framework out of `output`; raise InputError if one is under way.
+
+        The lock is the system's, so a crash releases it; the file says who holds it.
+        """
+        while True:
+            file = open(self.lock, "a+")  # noqa: SIM115
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                remedy = "wait for it to end, or give another --output"
+                raise InputError(f"{self.output} is in use by {holder}; {remedy}") from None
+            # The run before may have removed the file between the two lines above.
+            if self.lock.exists() and os.path.samestat(os.fstat(file.fileno()), self.lock.stat()):
+                break
+            file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            self.lock.unlink(missing_ok=True)
+            file.close()
 
     def set_aside(self):
         """Move an earlier run's files to previous-1/, previous-2/, ... so that none is overwritten.

@@ -28,7 +28,7 @@ from .aligned.optim import AdamW
 from .aligned.start import jt
 from .checkpoint import load_model, load_optimizer, read_checkpoint, save_checkpoint, trainable
 from .dataset import load
-from .errors import InputError, stop
+from .errors import InputError, is_out_of_memory, stop
 from .progress import Progress, say
 from .run_files import RunFiles, epoch_line
 from .weights import is_merged
@@ -86,7 +86,8 @@ def make_parser():
     add("--seed", type=seed, default=0, help="of initial weights, order of images and flips")
     add("--output", type=Path, default=ROOT / "logs", help="folder for logs and checkpoints")
     add("--init", **path, help="start from these weights: ours, official, timm's")
-    resume = f"continue a stopped run, by default from last{SUFFIX}.safetensors in --output"
+    last = f"last{SUFFIX}.safetensors in --output"
+    resume = f"continue a stopped run, by default from {last}; auto: from that if it is there"
     add("--resume", **path, nargs="?", const=Path(), help=resume)
     add("--evaluate", **path, help="only measure this checkpoint on the validation images")
     add("--use-ema", action="store_true", help="take a checkpoint's averaged weights (EMA)")
@@ -282,7 +283,6 @@ def start(args, files, device_name):
         arrays, moments, run, notes = read_checkpoint(source, args.use_ema)
     if args.resume:
         check_resumable(run, args, source)
-    files.check_writable()
     train, val = load_data(args, args.train_per_class)
     model = make_model(args, is_merged(arrays))
     kept = load_model(model, arrays, source, keep_classifier=source == args.init) if source else []
@@ -358,13 +358,17 @@ def run_training(args, files):
     device_name = choose_device(args)
     if args.evaluate:
         return evaluate_checkpoint(args)
+    if args.resume == Path("auto"):
+        args.resume = files.last if files.last.exists() else None
     if args.resume == Path():
         args.resume = files.last
         if not files.last.exists():
-            remedy = "start without --resume"
+            remedy = "start without --resume, or with --resume auto"
             raise InputError(f"nothing to resume: {files.last} does not exist; {remedy}")
-    model, optimizer, train, val, run = start(args, files, device_name)
-    fit(model, optimizer, train, val, run, args, files)
+    files.check_writable()
+    with files.locked():
+        model, optimizer, train, val, run = start(args, files, device_name)
+        fit(model, optimizer, train, val, run, args, files)
 
 
 def main():
@@ -372,14 +376,16 @@ def main():
         stream.reconfigure(errors="backslashreplace")
     args = parse_args()
     files = RunFiles(args.output, SUFFIX)
-    interrupted = False
+    interrupted = None
 
-    def on_interrupt(*_):
+    def on_interrupt(number, _):
         nonlocal interrupted
-        interrupted = True
+        interrupted = number
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    # Ctrl-C; a scheduler or `docker stop`.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_interrupt)
     try:
         run_training(args, files)
     except InputError as error:
@@ -390,15 +396,18 @@ def main():
         room, rights = "make room, or give another --output", "check the path and its permissions"
         remedy = room if written else rights
         stop("train.py", 2, f"error: {path}: {error.strerror or error}; {remedy}")
-    except BaseException:
+    except BaseException as error:
         # Ctrl-C also reaches a compiler at work, whose failure may come first.
-        if not interrupted:
+        if interrupted is None and is_out_of_memory(error):
+            stop("train.py", 2, f"error: out of memory; lower --batch-size ({args.batch_size})")
+        if interrupted is None:
             raise
+        status = 128 + interrupted
         if files.started and files.last.exists():
-            stop("train.py", 130, f"interrupted; resume with: {resume_command(args)}")
+            stop("train.py", status, f"interrupted; resume with: {resume_command(args)}")
         anew = args.resume or args.evaluate
         again = "give the same command again" if anew else "no epoch was finished"
-        stop("train.py", 130, f"interrupted; {again}")
+        stop("train.py", status, f"interrupted; {again}")
 
 
 if __name__ == "__main__":

@@ -282,3 +282,14 @@ def test_grn_in_half_precision(impl):
     out = grn(x)
     (gradient,) = impl.torch.autograd.grad(out.float().sum(), x)
     assert impl.torch.isfinite(out).all() and impl.torch.isfinite(gradient).all()
+
+
+def test_training_after_inference_mode(impl):
+    """In one process: what inference computed once and kept must serve a backward pass."""
+    if impl.name != "torch":
+        pytest.skip("Jittor has no inference_mode")
+    model = build("overlock_xxt", num_classes=2)
+    images = impl.torch.zeros(1, 3, 96, 64)  # maps that no test before had
+    with impl.torch.inference_mode():
+        model.eval()(images)
+    model.eval()(images).sum().backward()

@@ -197,6 +197,67 @@ def test_interrupt_before_the_first_epoch_ends(impl, command, dataset, tmp_path)
     assert "no epoch was finished" in interrupt_after(command, options, "overlock_xt", group=True)
 
 
+def test_sigterm_ends_a_run_as_ctrl_c_does(impl, command, dataset, tmp_path):
+    """A job that a scheduler stops and starts again needs one command: --resume auto."""
+    options = [*SIZES, "--data-dir", dataset, "--output", tmp_path, "--resume", "auto"]
+    words = [*command, *map(str, options), "--epochs", "500"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 1/500: train loss"):
+            break
+    process.terminate()
+    _, stderr = process.communicate(timeout=120)
+    lines = [line for line in stderr.splitlines() if line.startswith("train.py:")]
+    assert process.returncode == 143 and len(lines) == 1 and "Traceback" not in stderr, stderr
+    assert "resume with: " in lines[0] and not (tmp_path / f".lock{impl.suffix}").exists()
+    done = read_checkpoint(tmp_path / f"last{impl.suffix}.safetensors").run["epoch"]
+    result = run(command, *options, "--epochs", done + 1)
+    assert result.returncode == 0 and f"after epoch {done}" in result.stdout, result.stderr
+
+
+def test_two_runs_in_one_folder_exclude_each_other(impl, command, dataset, tmp_path):
+    options = [*SIZES, "--data-dir", dataset, "--output", tmp_path]
+    words = [*command, *map(str, options), "--epochs", "500"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 1/500: train loss"):
+            break
+    try:
+        second = run(command, *options)
+        one_line(second, tmp_path, f"process {process.pid} on ", "another --output")
+        assert not (tmp_path / "previous-1").exists()
+    finally:
+        process.kill()
+        process.communicate()
+    # The lock died with its process.
+    result = run(command, *options, "--epochs", 1)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "previous-1" / f"log{impl.suffix}.csv").exists()
+
+
+def test_memory_that_runs_out_is_one_line(impl, command, dataset, tmp_path):
+    code = """
+import os, sys
+sys.argv.pop(0)
+folder = os.path.dirname(sys.argv[0])
+sys.path.insert(0, os.path.dirname(folder))
+train = __import__(os.path.basename(folder) + ".train").train
+def fail(*_):
+    raise ERROR
+train.training_step = fail
+train.main()
+"""
+    options = [*SIZES, "--data-dir", dataset, "--output", tmp_path, "--no-progress"]
+    for error in (
+        "MemoryError()",
+        "RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB')",
+        "RuntimeError('[enforce fail at alloc_cpu.cpp:83] . DefaultCPUAllocator: "
+        "can\\'t allocate memory: you tried to allocate 40 bytes.')",
+    ):
+        words = [command[0], "-c", code.replace("ERROR", error), command[1]]
+        one_line(run(words, *options), "out of memory; lower --batch-size")
+
+
 def test_an_earlier_run_is_set_aside(impl, command, dataset, tmp_path):
     (tmp_path / f"log{impl.suffix}.csv").write_text("a finished run")
     result = run(command, *SIZES, "--data-dir", dataset, "--epochs", 1, "--output", tmp_path)

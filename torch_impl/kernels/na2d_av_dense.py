@@ -46,7 +46,9 @@ def tile_indices(height, width, kernel_size, device):
     column = column.reshape(len(first_h) * len(first_w), tile_h * tile_w, kernel_size**2)
     read_h = (first_h[:, None] + np.arange(region_h)).reshape(-1)  # (tiles_h * region_h,)
     read_w = (first_w[:, None] + np.arange(region_w)).reshape(-1)  # (tiles_w * region_w,)
-    indices = [torch.from_numpy(array).to(device) for array in (read_h, read_w, column)]
+    # They are kept for later calls, which may want gradients: no inference tensors.
+    with torch.inference_mode(False):
+        indices = [torch.from_numpy(array).to(device) for array in (read_h, read_w, column)]
     return (tile_h, tile_w, region_h, region_w), *indices
 
 
