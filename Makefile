@@ -34,7 +34,7 @@ python-version:
 .venv-torch/ready: requirements-torch.txt | python-version
 	@echo "Making .venv-torch (5 GB)"
 	$(PYTHON) -m venv --clear .venv-torch
-	$(TORCH) -m pip install --quiet -r requirements-torch.txt
+	$(TORCH) -m pip install --quiet --no-compile -r requirements-torch.txt
 	touch $@
 
 # Three short epochs in each framework: on the real data where it lies, else on a drawn sample.
