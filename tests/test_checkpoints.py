@@ -364,7 +364,7 @@ def test_a_backbone_is_trained_and_not_measured(state, train, tmp_path):
     torch_save(prefixed("backbone.", backbone), tmp_path / "backbone.pth")
     result = train("--init", tmp_path / "backbone.pth")
     assert result.returncode == 0, result.stderr
-    assert "has no classifier; left at their initial values: aux_head, head" in result.stdout
+    assert "has no classifier; left at their initial values: head, aux_head" in result.stdout
     result = train("--evaluate", tmp_path / "backbone.pth")
     assert result.returncode == 2 and "there is nothing to evaluate" in result.stderr
 

@@ -115,6 +115,7 @@ def fill(arrays, own, path, keep_classifier):
             kept.append(key)
         elif key.endswith("num_batches_tracked"):
             filled.setdefault(key, value)
+    kept.sort(key=lambda key: key.startswith("aux_"))  # the main one first
     return filled, kept
 
 
