@@ -83,7 +83,8 @@ def contmix(query, key, proj, rpb1, rpb2, x):
     weight = linear(query @ key, proj.weight.flatten(1), proj.bias)
     # (B, heads, H*W, k1² + k2²) -> (B, heads, H, W, k1² + k2²)
     weight = weight.reshape(B, heads, H, W, k1**2 + k2**2)
-    attn1, attn2 = jt.split(weight, (k1**2, k2**2), dim=-1)  # (B, heads, H, W, k1²), (..., k2²)
+    # (B, heads, H, W, k1² + k2²) -> (B, heads, H, W, k1²), (B, heads, H, W, k2²)
+    attn1, attn2 = jt.split(weight, (k1**2, k2**2), dim=-1)
     attn1 = nn.softmax(attn1 + position_bias(rpb1, H, W), dim=-1)  # (B, heads, H, W, k1²)
     attn2 = nn.softmax(attn2 + position_bias(rpb2, H, W), dim=-1)  # (B, heads, H, W, k2²)
 

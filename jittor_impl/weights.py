@@ -67,21 +67,19 @@ def read_weights(path, use_ema=False):
     weights, others = {}, {}
     for key, value in arrays.items():
         name = key[len(place) :]
-        belongs = key.startswith(place) and name.partition(".")[0] in PARTS
-        if belongs:
+        if key.startswith(place) and name.partition(".")[0] in PARTS:
             weights[name] = value
         else:
             others[key] = value
     notes = []
     if averaged and plain:
-        taken, other = (
-            f"{path}: took {place.rstrip('.') or 'the state dict'}",
-            "the averaged weights",
-        )
+        taken = f"{path}: took {place.rstrip('.') or 'the state dict'}"
         if use_ema:
-            notes.append(f"{taken}, {other} (EMA); without --use-ema, those as trained")
+            notes.append(
+                f"{taken}, the averaged weights (EMA); without --use-ema, those as trained"
+            )
         else:
-            notes.append(f"{taken}; --use-ema takes {other} (EMA) instead")
+            notes.append(f"{taken}; --use-ema takes the averaged weights (EMA) instead")
     elif averaged and not use_ema:
         notes.append(f"{path} has averaged weights (EMA) alone; took those")
     foreign = foreign_parts(others, place, [other for other in places if other != place])

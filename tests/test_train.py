@@ -130,22 +130,39 @@ def test_kill_and_resume_gives_the_numbers_of_an_unbroken_run(
     assert all(text.count(f"epoch {epoch}/3: train loss") == 1 for epoch in (1, 2, 3))
 
 
-def interrupt_after(command, options, line_start, group=False):
-    """Start a run, press Ctrl-C after a line of output and return what train.py says of it.
-
-    With `group` the compilers are interrupted too, as by a terminal.
-    """
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([*command, *map(str, options)], start_new_session=True, **pipes)
+def start_until(words, line_start, **options):
+    """Start a program and return its process after a line of its output."""
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **options)
     for line in process.stdout:
         if line.startswith(line_start):
             break
+    return process
+
+
+def interrupt_after(command, options, line_start, number=signal.SIGINT, group=False):
+    """Start a run, send it the signal after a line of output, return what train.py says of it.
+
+    With `group` the compilers are interrupted too, as by a terminal.
+    """
+    words = [*command, *map(str, options)]
+    process = start_until(words, line_start, stderr=subprocess.PIPE, start_new_session=True)
     time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT) if group else process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number) if group else process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     lines = [line for line in stderr.splitlines() if line.startswith("train.py:")]
-    assert process.returncode == 130 and len(lines) == 1 and "Traceback" not in stderr, stderr
+    assert process.returncode == 128 + number and len(lines) == 1, stderr
+    assert "Traceback" not in stderr, stderr
     return lines[0]
+
+
+# How a program in a string imports the train.py that is its first argument.
+IMPORT_TRAIN = """
+import os, signal, sys
+sys.argv.pop(0)
+folder = os.path.dirname(sys.argv[0])
+sys.path.insert(0, os.path.dirname(folder))
+train = __import__(os.path.basename(folder) + ".train").train
+"""
 
 
 def test_interrupt_says_how_to_resume(impl, command, dataset, finished, tmp_path):
@@ -166,12 +183,8 @@ def test_interrupt_says_how_to_resume(impl, command, dataset, finished, tmp_path
 
 def test_interrupt_between_checkpoint_and_log(impl, command, dataset, tmp_path):
     """The epoch is in the checkpoint, so it counts, and the resumed run logs it."""
-    code = """
-import os, signal, sys
-sys.argv.pop(0)
-folder = os.path.dirname(sys.argv[0])
-sys.path.insert(0, os.path.dirname(folder))
-train = __import__(os.path.basename(folder) + ".train").train
+    code = f"""
+{IMPORT_TRAIN}
 save_checkpoint = train.save_checkpoint
 def save_and_interrupt(path, *others):
     save_checkpoint(path, *others)
@@ -200,16 +213,9 @@ def test_interrupt_before_the_first_epoch_ends(impl, command, dataset, tmp_path)
 def test_sigterm_ends_a_run_as_ctrl_c_does(impl, command, dataset, tmp_path):
     """A job that a scheduler stops and starts again needs one command: --resume auto."""
     options = [*SIZES, "--data-dir", dataset, "--output", tmp_path, "--resume", "auto"]
-    words = [*command, *map(str, options), "--epochs", "500"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 1/500: train loss"):
-            break
-    process.terminate()
-    _, stderr = process.communicate(timeout=120)
-    lines = [line for line in stderr.splitlines() if line.startswith("train.py:")]
-    assert process.returncode == 143 and len(lines) == 1 and "Traceback" not in stderr, stderr
-    assert "resume with: " in lines[0] and not (tmp_path / f".lock{impl.suffix}").exists()
+    endless = [*options, "--epochs", 500]
+    line = interrupt_after(command, endless, "epoch 1/500: train loss", signal.SIGTERM)
+    assert "resume with: " in line and not (tmp_path / f".lock{impl.suffix}").exists()
     done = read_checkpoint(tmp_path / f"last{impl.suffix}.safetensors").run["epoch"]
     result = run(command, *options, "--epochs", done + 1)
     assert result.returncode == 0 and f"after epoch {done}" in result.stdout, result.stderr
@@ -218,10 +224,7 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(impl, command, dataset, tmp_path):
 def test_two_runs_in_one_folder_exclude_each_other(impl, command, dataset, tmp_path):
     options = [*SIZES, "--data-dir", dataset, "--output", tmp_path]
     words = [*command, *map(str, options), "--epochs", "500"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 1/500: train loss"):
-            break
+    process = start_until(words, "epoch 1/500: train loss")
     try:
         second = run(command, *options)
         one_line(second, tmp_path, f"process {process.pid} on ", "another --output")
@@ -236,12 +239,8 @@ def test_two_runs_in_one_folder_exclude_each_other(impl, command, dataset, tmp_p
 
 
 def test_memory_that_runs_out_is_one_line(impl, command, dataset, tmp_path):
-    code = """
-import os, sys
-sys.argv.pop(0)
-folder = os.path.dirname(sys.argv[0])
-sys.path.insert(0, os.path.dirname(folder))
-train = __import__(os.path.basename(folder) + ".train").train
+    code = f"""
+{IMPORT_TRAIN}
 def fail(*_):
     raise ERROR
 train.training_step = fail

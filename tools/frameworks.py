@@ -29,7 +29,7 @@ class Jittor:
         return self.jt.array(x.astype(np.int32) if x.dtype == np.int64 else x)
 
     def feature_map(self, x):
-        """(B, C, H, W), laid out in memory as train.py lays out its images."""
+        """(B, C, H, W), laid out in memory as the maps inside the network are."""
         return self.array(x)
 
     def numpy(self, x):
@@ -98,7 +98,7 @@ class Torch:
         return x.requires_grad_() if x.is_floating_point() else x
 
     def feature_map(self, x):
-        """(B, C, H, W), laid out in memory as train.py lays out its images."""
+        """(B, C, H, W), laid out in memory as the maps inside the network are."""
         return self.array(x).contiguous(memory_format=self.torch.channels_last)
 
     def numpy(self, x):

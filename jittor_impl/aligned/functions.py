@@ -51,7 +51,7 @@ class NA2dAVFunction(jt.Function):
 class ContMixFunction(jt.Function):
     """`contmix.contmix` as one kernel.
 
-    proj_weight (k1² + k2², S*S, 1, 1) and proj_bias (k1² + k2²,) are those of its 1x1 convolution.
+    proj_weight (k1² + k2², S*S, 1, 1) and proj_bias (k1² + k2²,) are its 1x1 convolution's.
     """
 
     headers = ("neighbourhood.h", "lanes.h", "product.h", "na2d_av_cpu.h", "contmix_cpu.h"), ()

@@ -86,9 +86,11 @@ class FusedSequential(nn.Sequential):
     """
 
     def execute(self, x):
+        if not infers(self):
+            return super().execute(x)
         layers = list(self.layers.values())
         while layers:
-            norm, activation = followers(layers) if infers(self) else (None, None)
+            norm, activation = followers(layers)
             count = 1 + (norm is not None) + (activation is not None)
             x = layers[0](x) if count == 1 else fused_convolution(x, layers[0], norm, activation)
             layers = layers[count:]

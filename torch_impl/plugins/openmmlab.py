@@ -19,6 +19,7 @@ import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
+from ..checkpoint import HEADS
 from ..models import VARIANTS, OverLoCK
 from ..weights import read_weights
 
@@ -31,7 +32,6 @@ STAGES = (
     ("patch_embed3", "blocks3", "patch_embed4", "blocks4", "high_level_proj", "sub_blocks3"),
     ("patch_embedx", "sub_blocks4"),
 )
-HEADS = ("head", "aux_head")
 
 
 @MODELS.register_module(name="OverLoCK")
