@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
-from jittor_impl import dataset  # noqa: E402  # no framework: torch_impl's is the same file
+from jittor_impl import dataset  # noqa: E402  # no framework: torch_impl has the same files
 from jittor_impl.errors import InputError  # noqa: E402
+from jittor_impl.images import decode_one, images_in, is_junk, size  # noqa: E402
 
 ROOT = "tiny-imagenet-200"  # the folder inside the archive
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -147,7 +148,7 @@ def check_boxes(folder, wnid, images):
 def check_annotations(val, flat):
     """Raise ValueError unless val_annotations.txt has each image once; arguments as of survey()."""
     named = [path.name for paths in val.values() for path in paths]
-    odd = {path.name for path in dataset.images_in(flat)} ^ set(named)
+    odd = {path.name for path in images_in(flat)} ^ set(named)
     if odd:
         raise ValueError(f"val_annotations.txt and {flat} disagree about {some(odd)}")
     if len(named) > len(set(named)):
@@ -234,7 +235,7 @@ def check_member(member):
     """
     name = member.filename
     parts = name.removesuffix("/").split("/")
-    junk = any(map(dataset.is_junk, parts))
+    junk = any(map(is_junk, parts))
     portable = all(part.strip(" .") for part in parts) and not set("\\:") & set(name)
     inside = portable and (junk or parts[0] == ROOT and (len(parts) > 1 or member.is_dir()))
     kind = stat.S_IFMT(member.external_attr >> 16)
@@ -447,20 +448,20 @@ def verify(folder):
     found = train, val, flat = survey(folder)
     wrong = [f"{folder}: {what}; {remedy}" for what, remedy in problems(folder, found)]
     images = [path for paths in train.values() for path in paths]
-    images += dataset.images_in(flat) if flat else [p for paths in val.values() for p in paths]
+    images += images_in(flat) if flat else [p for paths in val.values() for p in paths]
     broken, sizes = {}, {}
     with progress("decoding", len(images), "image") as advance:
         for path in images:
             try:
-                sizes[path] = dataset.size(dataset.decode_one(path))
+                sizes[path] = size(decode_one(path))
             except InputError as error:
                 broken[path] = str(error)
             advance(1)
     if sizes:
         ((usual, _),) = Counter(sizes.values()).most_common(1)
-        for path, size in sizes.items():
-            if size != usual:
-                broken[path] = f"{path} is {size} pixels, most images are {usual}; resize it"
+        for path, pixels in sizes.items():
+            if pixels != usual:
+                broken[path] = f"{path} is {pixels} pixels, most images are {usual}; resize it"
     for message in wrong + [broken[path] for path in images if path in broken]:
         report(message)
     for wnid in train:

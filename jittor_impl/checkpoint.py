@@ -12,9 +12,9 @@ import numpy as np
 from safetensors.numpy import save
 from .aligned.start import jt
 from .errors import InputError
-from .models import VARIANTS
+from .models import VARIANTS, OverLoCK
 from .run_files import write_atomic
-from .weights import read_weights
+from .weights import is_merged, read_weights
 
 RUN_KEYS = {"epoch", "step", "best_top1", "args", "data", "history"}
 HEADS = ("head", "aux_head")
@@ -87,8 +87,9 @@ def read_checkpoint(path, use_ema=False):
 
 def variant_of(arrays):
     """The variant that has the widths and depths of `arrays`, None if none has."""
-    widths = [arrays[f"patch_embed{i}.0.weight"].shape[:2] for i in (2, 4)]
-    embed_dim = tuple(width for out_dim, in_dim in widths for width in (in_dim, out_dim))
+    convolutions = [arrays.get(f"patch_embed{i}.0.weight", np.zeros(0)) for i in (2, 4)]
+    # (out_dim, in_dim, 3, 3) of each
+    embed_dim = tuple(width for conv in convolutions for width in conv.shape[1::-1])
 
     def depths(*parts):
         keys = [key.split(".") for key in arrays]
@@ -100,6 +101,11 @@ def variant_of(arrays):
         if found == (variant["embed_dim"], variant["depth"], variant["sub_depth"]):
             return name
     return None
+
+
+def no_classifier(path):
+    what = "a backbone without a classifier: there is nothing to evaluate"
+    return f"{path} is {what}; train one from it with --init"
 
 
 def fill(arrays, own, path, keep_classifier):
@@ -114,8 +120,7 @@ def fill(arrays, own, path, keep_classifier):
         head = key.partition(".")[0]
         lacks_head = head in HEADS and head not in present
         if lacks_head and head == "head" and not keep_classifier:
-            what = "a backbone without a classifier: there is nothing to evaluate"
-            raise InputError(f"{path} is {what}; train one from it with --init")
+            raise InputError(no_classifier(path))
         other_size = key in CLASSIFIERS and key in arrays and arrays[key].shape != value.shape
         if lacks_head or other_size and keep_classifier:
             filled[key] = value
@@ -158,6 +163,22 @@ def load_model(model, arrays, path, keep_classifier=False):
         value = value.astype(own[key].dtype).reshape(state[key].shape)  # a scalar () -> (1,)
         state[key].update(jt.array(value))
     return kept
+
+
+def load_whole_model(arrays, path):
+    """The model that `arrays` are of, its variant, classes and branches found in them, loaded.
+
+    Raises InputError if it is none of the variants, or a backbone.
+    """
+    variant, classifier = variant_of(arrays), arrays.get("head.4.bias")
+    if variant is None:
+        raise InputError(f"{path} is of none of the variants: {', '.join(VARIANTS)}")
+    if classifier is None:
+        raise InputError(no_classifier(path))
+    of_arrays = dict(num_classes=len(classifier), deploy=is_merged(arrays))
+    model = OverLoCK(**VARIANTS[variant], **of_arrays)
+    load_model(model, arrays, path)
+    return model
 
 
 def right_model(arrays):

@@ -6,6 +6,7 @@ The mirrored files, the same bits from the same seed, each other's checkpoints, 
 import argparse
 import ast
 import difflib
+import json
 import os
 import re
 import subprocess
@@ -20,8 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # What Jittor alone needs lies in aligned/; the kernels are each framework's own.
 MIRRORED = sorted(path.name for path in (ROOT / "torch_impl").glob("*.py"))
 WITHOUT_FRAMEWORK = [
+    "class_names.py",
     "dataset.py",
     "errors.py",
+    "images.py",
     "progress.py",
     "read_pth.py",
     "run_files.py",
@@ -41,8 +44,8 @@ def python_options(pythons):
     return ["--jittor-python", pythons["jittor"], "--torch-python", pythons["torch"]]
 
 
-def run(pythons, name, *options):
-    command = [pythons[name], str(ROOT / f"{name}_impl" / "train.py"), *map(str, options)]
+def run(pythons, name, *options, program="train.py"):
+    command = [pythons[name], str(ROOT / f"{name}_impl" / program), *map(str, options)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -117,9 +120,14 @@ def test_the_diff_is_a_translation_table(name):
         assert [not line for line in jittor] == [not line for line in torch]
 
 
-def test_help_lists_the_same_options(pythons):
+@pytest.mark.parametrize("program", ["train.py", "predict.py"])
+def test_help_lists_the_same_options(pythons, program):
     def options(name):
-        text = run(pythons, name, "--help").replace("_torch", "").replace("PyTorch", "Jittor")
+        text = (
+            run(pythons, name, "--help", program=program)
+            .replace("_torch", "")
+            .replace("PyTorch", "Jittor")
+        )
         entries = re.split(r"\n  (?=-)", text[text.index("\n  -") :])
         return {entry.split()[0]: " ".join(entry.split()) for entry in entries if entry.strip()}
 
@@ -142,6 +150,9 @@ def test_same_seed_same_bits(pythons, dataset, tmp_path):
 
 
 def test_runs_lie_on_each_other_and_read_each_others_checkpoints(pythons, dataset, tmp_path):
+    import torch
+    from torch_impl import models
+
     common = [*SIZES, "--data-dir", dataset, "--output", tmp_path]
     history, suffix = {}, {"jittor": "", "torch": "_torch"}
     for name in pythons:
@@ -149,8 +160,8 @@ def test_runs_lie_on_each_other_and_read_each_others_checkpoints(pythons, datase
         history[name] = pd.read_csv(tmp_path / f"log{suffix[name]}.csv")
     # Six steps: what differs is rounding alone, which AdamW divides by the root of tiny squares.
     for key in ("train_loss", "train_loss_aux", "val_loss"):
-        jittor, torch = (history[name][key].to_numpy() for name in ("jittor", "torch"))
-        assert jittor == pytest.approx(torch, rel=2e-3), key
+        ours, theirs = (history[name][key].to_numpy() for name in ("jittor", "torch"))
+        assert ours == pytest.approx(theirs, rel=2e-3), key
 
     for name, other in (("jittor", "torch"), ("torch", "jittor")):
         checkpoint = tmp_path / f"last{suffix[other]}.safetensors"
@@ -160,6 +171,26 @@ def test_runs_lie_on_each_other_and_read_each_others_checkpoints(pythons, datase
         resume = ["--output", tmp_path / "resumed", "--epochs", 3, "--resume", checkpoint]
         out = run(pythons, name, *common, *resume)
         assert "resumed from" in out and "epoch 3/3" in out
+
+    checkpoint, pictures = tmp_path / "last.safetensors", dataset / "val" / "images"
+    predicted, exported = {}, {}
+    for name in pythons:
+        options = [pictures, "--checkpoint", checkpoint, "--json"]
+        entries = json.loads(run(pythons, name, *options, program="predict.py"))
+        predicted[name] = {
+            (entry["image"], one["class"]): one["probability"]
+            for entry in entries
+            for one in entry["classes"]
+        }
+        path = tmp_path / f"{name}.pth"
+        run(pythons, name, "--init", checkpoint, "--export", path)
+        exported[name] = torch.load(path, weights_only=True)
+    assert len(predicted["torch"]) == 18 * 3
+    # They are printed with four digits, of which rounding may move the last.
+    assert predicted["jittor"] == pytest.approx(predicted["torch"], abs=1.01e-4)
+    for state in exported.values():
+        models.overlock_xxt(num_classes=3).load_state_dict(state, strict=True)
+        assert all(torch.equal(state[key], value) for key, value in exported["torch"].items())
 
 
 # (key of the weights in the file, their type)

@@ -12,7 +12,8 @@ from under_test import module
 
 InputError = module("errors").InputError
 reader = module("dataset")
-MEAN, STD, TinyImageNet, load = reader.MEAN, reader.STD, reader.TinyImageNet, reader.load
+TinyImageNet, load = reader.TinyImageNet, reader.load
+MEAN, STD = module("images").MEAN, module("images").STD
 
 
 @pytest.fixture

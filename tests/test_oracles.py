@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from under_test import module
 
 transforms = pytest.importorskip("torchvision.transforms.functional")
 timm = pytest.importorskip("timm.layers")
+create_transform = pytest.importorskip("timm.data").create_transform
 timm_grn = pytest.importorskip("timm.layers.grn")
-dataset, layers = module("dataset"), module("layers")
+dataset, layers, reader = module("dataset"), module("layers"), module("images")
 EPS = float(np.finfo(np.float32).eps)
 
 
@@ -37,9 +39,23 @@ def test_batches_are_flipped_tensors_normalised():
     for image, index, flipped in zip(images, order, flips):
         expected = transforms.to_tensor(data.images[index])
         expected = transforms.hflip(expected) if flipped else expected
-        expected = transforms.normalize(expected, dataset.MEAN.tolist(), dataset.STD.tolist())
+        expected = transforms.normalize(expected, reader.MEAN.tolist(), reader.STD.tolist())
         # Ours multiplies by 1 / (255 * std) and subtracts mean / std: five roundings, theirs three.
         assert_equal_but_for_rounding(image, expected, operations=8)
+
+
+@pytest.mark.parametrize("shape", [(50, 120), (121, 50), (33, 33), (20, 17), (64, 64)])
+@pytest.mark.parametrize("side, crop_pct", [(64, 1), (32, 0.925), (33, 0.875)])
+def test_photographs_are_cut_as_timm_and_torchvision_do(tmp_path, shape, side, crop_pct):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    actual = reader.read_photo(tmp_path / "photo.png", side, side, crop_pct)
+    options = dict(is_training=False, interpolation="bicubic", crop_pct=crop_pct)
+    steps = create_transform(side, **options).transforms[:2]  # Resize, CenterCrop
+    expected = Image.fromarray(pixels)
+    for step in steps:
+        expected = step(expected)
+    assert np.array_equal(actual, np.asarray(expected))
 
 
 def test_drop_path_is_timms(monkeypatch):

@@ -5,6 +5,7 @@ The tests of CUDA's set-up are in test_cuda_setup.py.
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -16,11 +17,11 @@ from jittor_impl.aligned.start import jt
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def python(code, **environment):
+def python(code, folder=ROOT, **environment):
     """Run code in a process that inherits only what every shell has, nothing that Jittor set."""
     command = [sys.executable, "-c", code]
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], **environment}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
 def stopped(result, message):
@@ -135,3 +136,30 @@ import jittor_impl.aligned.start
 def test_missing_compiler_is_named(tmp_path):
     result = python("import jittor_impl.aligned.start", PATH=str(tmp_path))
     assert stopped(result, "no g++"), result.stderr
+
+
+def test_paths_that_jittor_cannot_compile_in_are_named_before_it_starts(tmp_path):
+    """Of the environment, of Jittor, of HOME; letters of any language are no obstacle."""
+    home = tmp_path / "it's $here 家"
+    begin = time.perf_counter()
+    result = python("import jittor_impl.models", HOME=str(home))
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    says = f"HOME lies in {home}, which has \"'\" ' ' '$'; set HOME to another folder"
+    assert says in result.stderr and not home.exists()
+    code = "import sys; sys.prefix = '/opt/my env'; import jittor_impl.models"
+    result = python(code)
+    assert stopped(result, "the environment lies in /opt/my env, which has ' '; make it elsewhere")
+    assert time.perf_counter() - begin < 15
+
+
+def test_a_clone_may_lie_anywhere(tmp_path):
+    clone = tmp_path / 'a "b" it\'s $here 仓库'
+    shutil.copytree(ROOT / "jittor_impl", clone / "jittor_impl")
+    code = """
+from jittor_impl.aligned.start import jt
+from jittor_impl.models import overlock_xxt
+model = overlock_xxt(num_classes=2).eval()
+print(model(jt.ones(1, 3, 64, 64)).numpy().shape)
+"""
+    result = python(code, folder=clone)
+    assert result.returncode == 0 and "(1, 2)" in result.stdout, result.stderr

@@ -9,7 +9,6 @@ import argparse
 import json
 import platform
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -27,8 +26,9 @@ from torch.optim import AdamW
 from . import models
 from .checkpoint import load_model, load_optimizer, read_checkpoint, save_checkpoint, trainable
 from .dataset import load
-from .errors import InputError, is_out_of_memory, stop
-from .kernels import backend
+from .errors import InputError
+from .export import export
+from .program import ArgumentParser, add_device_options, choose_device, number, run_program
 from .progress import Progress, say
 from .run_files import RunFiles, epoch_line
 from .weights import is_merged
@@ -41,27 +41,6 @@ RUN_ARGUMENTS = (
     *("model", "num_classes", "train_per_class", "val_per_class", "batch_size"),
     *("aux_loss_ratio", "lr", "weight_decay", "seed"),
 )
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
-def number(kind, minimum, exclusive=False):
-    """An argparse type: `kind` (int or float), at least `minimum`, or above it if exclusive."""
-
-    def parse(text):
-        value = kind(text)
-        if not minimum <= value < float("inf") or exclusive and value == minimum:
-            bound = f"{'above' if exclusive else 'at least'} {minimum}"
-            what = f"{'' if kind is int else 'finite '}number {bound}"
-            raise argparse.ArgumentTypeError(f"must be a {what}, got {text}")
-        return value
-
-    # argparse says "invalid whole number value"
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
 
 
 def make_parser():
@@ -90,14 +69,11 @@ def make_parser():
     resume = f"continue a stopped run, by default from {last}; auto: from that if it is there"
     add("--resume", **path, nargs="?", const=Path(), help=resume)
     add("--evaluate", **path, help="only measure this checkpoint on the validation images")
+    to_file = "only write the weights of --init to this .pth, with the official names"
+    add("--export", type=Path, metavar="FILE", help=to_file)
+    add("--merge", action="store_true", help="merge the dilated branches in what --export writes")
     add("--use-ema", action="store_true", help="take a checkpoint's averaged weights (EMA)")
-    devices = ("auto", "cpu", "cuda")
-    add("--device", choices=devices, default="auto", help="auto takes the GPU if there is one")
-    na2d = (
-        "who computes na2d_av: NATTEN, our dense product, our Triton kernels, or auto: "
-        "on a GPU NATTEN if built for it, else Triton for large maps; else dense"
-    )
-    add("--na2d", choices=backend.BACKENDS, default="auto", help=na2d)
+    add_device_options(parser)
     add("--no-progress", action="store_true", help="print one line per epoch and nothing between")
     return parser
 
@@ -107,6 +83,10 @@ def parse_args():
     args = parser.parse_args()
     if sum(option is not None for option in (args.init, args.resume, args.evaluate)) > 1:
         parser.error("--init, --resume and --evaluate exclude one another; give one of them")
+    if args.export and not args.init:
+        parser.error("--export needs the checkpoint to export; give it with --init")
+    if args.merge and not args.export:
+        parser.error("--merge is for --export alone; evaluation and predict.py merge by themselves")
     return args
 
 
@@ -118,22 +98,6 @@ def resume_command(args):
             continue
         words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return shlex.join([*words, "--resume"])
-
-
-def choose_device(args):
-    """Settle args.device. Returns its name for the log."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        missing = "PyTorch sees no CUDA GPU"
-        raise InputError(f"{missing}; give --device cpu")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        backend.set_na2d_backend(args.na2d, args.device)
-    except ValueError as error:
-        raise InputError(f"--na2d {args.na2d}: {error}") from None
-    if args.device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def make_model(args, merged=False):
@@ -367,6 +331,8 @@ def run_training(args, files):
     device_name = choose_device(args)
     if args.evaluate:
         return evaluate_checkpoint(args)
+    if args.export:
+        return export(args)
     if args.resume == Path("auto"):
         args.resume = files.last if files.last.exists() else None
     if args.resume == Path():
@@ -381,42 +347,16 @@ def run_training(args, files):
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):  # a class's name may have letters that it lacks
-        stream.reconfigure(errors="backslashreplace")
     args = parse_args()
     files = RunFiles(args.output, SUFFIX)
-    interrupted = None
 
-    def on_interrupt(number, _):
-        nonlocal interrupted
-        interrupted = number
-        raise KeyboardInterrupt
-
-    # Ctrl-C; a scheduler or `docker stop`.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_interrupt)
-    try:
-        run_training(args, files)
-    except InputError as error:
-        stop("train.py", 2, f"error: {error}")
-    except OSError as error:
-        path = Path(str(error.filename or args.output))
-        written = args.output in (path, *path.parents)
-        room, rights = "make room, or give another --output", "check the path and its permissions"
-        remedy = room if written else rights
-        stop("train.py", 2, f"error: {path}: {error.strerror or error}; {remedy}")
-    except BaseException as error:
-        # Ctrl-C also reaches a compiler at work, whose failure may come first.
-        if interrupted is None and is_out_of_memory(error):
-            stop("train.py", 2, f"error: out of memory; lower --batch-size ({args.batch_size})")
-        if interrupted is None:
-            raise
-        status = 128 + interrupted
+    def advice():
         if files.started and files.last.exists():
-            stop("train.py", status, f"interrupted; resume with: {resume_command(args)}")
+            return f"resume with: {resume_command(args)}"
         anew = args.resume or args.evaluate
-        again = "give the same command again" if anew else "no epoch was finished"
-        stop("train.py", status, f"interrupted; {again}")
+        return "give the same command again" if anew else "no epoch was finished"
+
+    run_program("train.py", lambda args: run_training(args, files), args, advice)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ The kernels are C++ and CUDA files. Jittor compiles them at the first call and a
 from functools import cache
 from pathlib import Path
 
-from .start import jt
+from .start import jt, plain_path
 
-KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+KERNELS = plain_path(Path(__file__).resolve().parent.parent / "kernels", jt.compiler.cache_path)
 # What the kernels read and write, by jt.flags.use_cuda; sums and statistics are float32 for each.
 TYPES = {0: ("float32",), 1: ("float32", "float16", "bfloat16")}
 

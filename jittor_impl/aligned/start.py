@@ -9,6 +9,7 @@ import atexit
 import ctypes
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,6 +20,7 @@ import sysconfig
 import time
 from contextlib import contextmanager
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from .setup import patch_jittor
@@ -37,6 +39,8 @@ from .setup.cuda_toolkit import (
 SETUP = Path(__file__).resolve().parent / "setup"
 # libmkldnn.so and its headers, on PyPI
 ONEDNN_PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")
+# What may stand in a path in the commands that Jittor compiles with; letters of any language.
+PLAIN = r"[\w@%+=:,./-]+"
 
 
 def notice(message):
@@ -160,6 +164,37 @@ def compile_jittor():
         fail(f"Jittor could not be compiled (status {status}), the reason is above")
 
 
+def check_paths():
+    """End with one line where Jittor could not compile because of a character in a path of its own.
+
+    It writes paths into commands, and reads those commands with a parser of its own.
+    """
+    spec = find_spec("jittor")
+    places = {
+        "the environment": (sys.prefix, "make it elsewhere"),
+        "Jittor": (spec.origin if spec else "", "install it elsewhere"),
+        "Python's headers": (sysconfig.get_path("include"), "use another Python"),
+        "HOME": (os.environ.get("JITTOR_HOME", Path.home()), "set HOME to another folder"),
+    }
+    for name, (path, remedy) in places.items():
+        odd = re.sub(PLAIN, "", str(path))
+        if odd:
+            characters = " ".join(map(ascii, dict.fromkeys(odd)))
+            fail(f"Jittor cannot compile: {name} lies in {path}, which has {characters}; {remedy}")
+
+
+def plain_path(folder, cache):
+    """This folder by a path that a compiler's command can hold: its own, or a link's in the cache.
+
+    Unlike those of check_paths, a clone may lie anywhere.
+    """
+    if re.fullmatch(PLAIN, str(folder)):
+        return folder
+    link = Path(cache) / f"{folder.name}-{hashlib.sha1(os.fsencode(folder)).hexdigest()[:16]}"
+    replace_link(link, folder)
+    return link
+
+
 def compile_operators_faster(jittor, cache):
     """Compile an operator for the CPU in a third of the time.
 
@@ -171,7 +206,7 @@ def compile_operators_faster(jittor, cache):
     # asm_tuner.py swaps the stores of large loops for ones that bypass the cache, which no step of
     # ours gains from. Jittor reads every file that the command names to see whether it changed, so
     # Python is not named there.
-    jittor.flags.python_path = f"sh '{SETUP / 'compile_operator.sh'}'"
+    jittor.flags.python_path = f"sh {plain_path(SETUP, cache)}/compile_operator.sh"
     os.environ["OVERLOCK_PYTHON"] = sys.executable
     flags, source = jittor.flags.cc_flags, (SETUP / "operator_headers.h").read_text()
     header = Path(cache) / f"operators-{hashlib.sha1((flags + source).encode()).hexdigest()[:16]}.h"
@@ -239,6 +274,7 @@ def import_jittor():
     if not shutil.which(os.environ.get("cc_path", "g++")):
         fail("no g++, which Jittor compiles with; install it (Debian: apt install g++)")
 
+    check_paths()
     try:
         import jittor_utils  # which makes folders
         from jittor_utils import install_cuda

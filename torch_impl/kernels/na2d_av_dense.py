@@ -59,6 +59,9 @@ def na2d_av_dense(attn, value, kernel_size):
     """
     B, heads, H, W, dim = value.shape
     sizes, read_h, read_w, column = tile_indices(H, W, kernel_size, value.device)
+    # torch.export traces with tensors that have no numbers; those must not serve a later call.
+    if type(column) is not torch.Tensor:
+        tile_indices.cache_clear()
     tile_h, tile_w, region_h, region_w = sizes
     tiles_h, tiles_w = -(-H // tile_h), -(-W // tile_w)
     tiles, pixels, values = tiles_h * tiles_w, tile_h * tile_w, region_h * region_w

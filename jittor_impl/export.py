@@ -1,0 +1,37 @@
+"""What `train.py --export` does: a checkpoint's weights in a file that PyTorch code loads."""
+
+import io
+
+from .aligned.write_pth import save
+from .checkpoint import load_whole_model, model_arrays, read_checkpoint
+from .errors import InputError
+from .progress import say
+from .run_files import write_atomic
+
+SUFFIXES = (".pth", ".pt", ".bin", ".tar")
+
+
+def export(args):
+    """Write the weights of args.init to args.export: a state dict with the official keys.
+
+    The official model loads it with strict=True; with args.merge, the one built with deploy=True.
+    Variant, classes and branches are those of the checkpoint. Raises InputError.
+    """
+    path = args.export
+    if path.suffix.lower() not in SUFFIXES:
+        where = "torch_impl/plugins/onnx_export.py" if path.suffix == ".onnx" else ""
+        remedy = f"; {where} writes ONNX" if where else ""
+        raise InputError(f"{path} does not end in {' or '.join(SUFFIXES)}{remedy}")
+    if path.exists():
+        raise InputError(f"{path} exists; give another name, or remove it")
+    arrays, _, _, notes = read_checkpoint(args.init, args.use_ema)
+    model = load_whole_model(arrays, args.init)
+    if args.merge:
+        model.reparam()
+    arrays = model_arrays(model)
+    file = io.BytesIO()
+    save(arrays, file)
+    write_atomic(path, file.getvalue())
+    for note in notes:
+        say(note)
+    say(f"wrote {len(arrays)} tensors of {args.init} to {path}")

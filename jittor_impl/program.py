@@ -1,0 +1,90 @@
+"""What the programs share: kinds of options, the choice of the device, how a program ends."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from .aligned.start import jt
+from .errors import InputError, is_out_of_memory, stop
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def number(kind, minimum, exclusive=False):
+    """An argparse type: `kind` (int or float), at least `minimum`, or above it if exclusive."""
+
+    def parse(text):
+        value = kind(text)
+        if not minimum <= value < float("inf") or exclusive and value == minimum:
+            bound = f"{'above' if exclusive else 'at least'} {minimum}"
+            what = f"{'' if kind is int else 'finite '}number {bound}"
+            raise argparse.ArgumentTypeError(f"must be a {what}, got {text}")
+        return value
+
+    # argparse says "invalid whole number value"
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def add_device_options(parser):
+    devices, of_auto = ("auto", "cpu", "cuda"), "auto takes the GPU if there is one"
+    parser.add_argument("--device", choices=devices, default="auto", help=of_auto)
+
+
+def choose_device(args):
+    """Settle args.device. Returns its name for the log."""
+    if args.device == "cuda" and not jt.has_cuda:
+        missing = "Jittor sees no CUDA GPU, or no nvcc to compile for it"
+        raise InputError(f"{missing}; give --device cpu")
+    if args.device == "auto":
+        args.device = "cuda" if jt.has_cuda else "cpu"
+    jt.flags.use_cuda = int(args.device == "cuda")
+    if args.device == "cuda":
+        return "CUDA GPU"
+    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+    return f"CPU, {threads} threads"
+
+
+def run_program(name, body, args, advice=lambda: "give the same command again"):
+    """Call body(args). What ends it early becomes one line on the error stream and a status.
+
+    2 for what the user can mend; for a signal 128 + its number, with the text that advice()
+    returns. Other exceptions pass.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a class's name may have letters that it lacks
+        stream.reconfigure(errors="backslashreplace")
+    interrupted = None
+
+    def on_interrupt(number, _):
+        nonlocal interrupted
+        interrupted = number
+        raise KeyboardInterrupt
+
+    # Ctrl-C; a scheduler or `docker stop`.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_interrupt)
+    try:
+        body(args)
+    except InputError as error:
+        stop(name, 2, f"error: {error}")
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        output = vars(args).get("output")
+        path = Path(str(error.filename or output))
+        room, rights = "make room, or give another --output", "check the path and its permissions"
+        remedy = room if output in (path, *path.parents) else rights
+        stop(name, 2, f"error: {path}: {error.strerror or error}; {remedy}")
+    except BaseException as error:
+        # Ctrl-C also reaches a compiler at work, whose failure may come first.
+        if interrupted is None and is_out_of_memory(error):
+            stop(name, 2, f"error: out of memory; lower --batch-size ({args.batch_size})")
+        if interrupted is None:
+            raise
+        stop(name, 128 + interrupted, f"interrupted; {advice()}")

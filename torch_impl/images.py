@@ -1,0 +1,126 @@
+"""Image files as arrays: which files are images, decoding, cropping, normalising.
+
+Nothing here depends on a framework: both implementations get the same NumPy arrays, bit by bit.
+"""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+from .errors import InputError
+
+MEAN = np.array((0.485, 0.456, 0.406), np.float32)  # of ImageNet, RGB, pixels in 0..1
+STD = np.array((0.229, 0.224, 0.225), np.float32)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # of images, in any case
+JUNK = {  # what systems and NAS boxes leave in folders and archives, in small letters
+    *("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("@eadir", "lost+found"),
+}
+
+
+def is_junk(name):
+    """Whether a file or folder of this name is hidden or left by a system: no image, no class."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def listed(folder):
+    """Paths in a folder, by name, without junk; none where there is no such folder."""
+    try:
+        return sorted(path for path in folder.iterdir() if not is_junk(path.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def images_in(folder):
+    """Paths of the images that lie in a folder itself, by name."""
+    # A link that leads nowhere counts: decoding then names it.
+    suited = (path for path in listed(folder) if path.suffix.lower() in SUFFIXES)
+    return [path for path in suited if not path.is_dir()]
+
+
+def images_below(folder):
+    """Paths of the images in a folder and in the folders below it, by name."""
+    below = [image for path in listed(folder) if path.is_dir() for image in images_below(path)]
+    return images_in(folder) + below
+
+
+def size(image):
+    """How messages give the size of an image (H, W, 3)."""
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+def to_rgb(image):
+    """A Pillow image of any mode -> (H, W, 3) uint8."""
+    if image.mode.startswith("I"):
+        # 16-bit greyscale, which convert() would clip to white: its high byte, as Pillow reads
+        # 16-bit colour.
+        grey = (np.clip(np.asarray(image), 0, 0xFFFF) >> 8).astype(np.uint8)  # (H, W)
+        return np.stack([grey] * 3, axis=2)
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning
+    return np.asarray(image.convert("RGB"))
+
+
+def decode_one(path, upright=False):
+    """One image file -> (H, W, 3) uint8, if `upright` turned by its EXIF. Raises InputError."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+    except Exception as error:
+        # Missing, truncated, no image: Pillow raises what its decoders happen to raise.
+        content = "truncated" if "truncated" in str(error) else "not an image"
+        reason = getattr(error, "strerror", None) or content
+        raise InputError(f"{path} cannot be read ({reason}); replace it") from None
+
+
+def decode(paths, progress):
+    """Read image files -> (N, H, W, 3) uint8; all must have one size."""
+    images = None
+    pool = ThreadPoolExecutor()  # Pillow decodes outside Python's lock
+    try:
+        hidden = not progress or not sys.stderr.isatty()
+        options = dict(desc="reading images", unit="image", leave=False, disable=hidden)
+        bar = tqdm(pool.map(decode_one, paths), total=len(paths), **options)
+        for i, image in enumerate(bar):
+            if images is None:
+                images = np.empty((len(paths), *image.shape), np.uint8)
+            if image.shape != images.shape[1:]:
+                raise InputError(
+                    f"{paths[i]} is {size(image)} pixels, the images before it are "
+                    f"{size(images[0])}; resize it"
+                )
+            images[i] = image
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
+    return images
+
+
+def read_photo(path, height, width, crop_pct):
+    """Any image file as a network sees it: upright, resized, its centre cut out.
+
+    As timm's and torchvision's evaluation transforms: the image, turned by its EXIF orientation, is
+    resized (bicubic) until it just covers height / crop_pct x width / crop_pct.
+
+    Returns (height, width, 3) uint8. Raises InputError.
+    """
+    image = Image.fromarray(decode_one(path, upright=True))
+    least_height, least_width = int(height / crop_pct), int(width / crop_pct)
+    # In whole numbers: 3 / 7 * 7 need not be 3.
+    if image.width * least_height <= image.height * least_width:
+        scaled = least_width, least_width * image.height // image.width
+    else:
+        scaled = least_height * image.width // image.height, least_height
+    if scaled != image.size:
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def normalise(images):
+    """(n, H, W, 3) uint8 -> (n, 3, H, W) float32, where ImageNet has mean 0 and deviation 1."""
+    images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # (n, H, W, 3) -> (n, 3, H, W)
+    scale = (1 / (255 * STD)).reshape(1, 3, 1, 1)  # (3,) -> (1, 3, 1, 1)
+    shift = (MEAN / STD).reshape(1, 3, 1, 1)  # (3,) -> (1, 3, 1, 1)
+    return images * scale - shift
