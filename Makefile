@@ -1,4 +1,4 @@
-# make demo   train both frameworks on a small set and draw the figure
+# make demo   train both frameworks on a small set, draw the figure and what the network sees
 # make align  show layer by layer and step by step that both compute the same
 # make bench  time both frameworks, and the official operator, side by side
 # make test   run every test, and make lint; make test-versions runs them on other versions:
@@ -50,7 +50,8 @@ demo: environments
 	rm -rf $(DEMO_LOGS); \
 	$(JITTOR) jittor_impl/train.py $$options --epochs 3 --output $(DEMO_LOGS) && \
 	$(TORCH) torch_impl/train.py $$options --epochs 3 --output $(DEMO_LOGS) && \
-	$(TORCH) plot.py --logs $(DEMO_LOGS)
+	$(TORCH) plot.py --logs $(DEMO_LOGS) && \
+	$(JITTOR) jittor_impl/visualize.py cam --checkpoint $(DEMO_LOGS)/best.safetensors --output $(DEMO_LOGS)
 
 align: environments
 	@if [ -d $(REAL) ]; then options=""; else \

@@ -2,6 +2,7 @@
 
     python plot.py                                 draws logs/, writes logs/training_metrics.png
     python plot.py --logs runs/a --output a.pdf    another folder, another format
+    python plot.py --visual logs/visual            the pictures of both visualize.py side by side
 
 Four panels: auxiliary loss, main loss, top-1 and top-5 accuracy; training is solid with round
 markers, validation dashed with square ones. A log is drawn as far as it goes: while its run goes
@@ -241,6 +242,36 @@ def print_summary(logs):
         )
 
 
+def plot_visual(folder):
+    """Draw each pair of arrays that both visualize.py left in the folder, and their difference."""
+    import numpy as np
+    from tools import visual
+
+    drawn = False
+    for kind in ("cam", "erf", "kernels"):
+        paths = folder / f"{kind}.npz", folder / f"{kind}_torch.npz"
+        if not all(path.is_file() for path in paths):
+            continue
+        try:
+            jittor, torch = (dict(np.load(path)) for path in paths)
+            key, difference = visual.largest_difference(jittor, torch)
+        except (ValueError, OSError, EOFError) as error:
+            raise PlotError(
+                f"{paths[0]} and {paths[1]} do not belong together ({error}); "
+                "write both from one checkpoint and the same images"
+            ) from None
+        output = folder / f"{kind}_both.png"
+        save(visual.draw(jittor, torch), output)
+        print(f"{kind}: largest difference {difference:.1e} of the range, in {key}")
+        print("Figure:", output)
+        drawn = True
+    if not drawn:
+        raise PlotError(
+            f"{folder} lacks a pair such as cam.npz and cam_torch.npz; "
+            "run visualize.py of both folders with --output there"
+        )
+
+
 def main():
     parser = Parser(
         prog="plot.py", description="Draw the Jittor run and the PyTorch run over each other."
@@ -258,9 +289,17 @@ def main():
         type=Path,
         help="figure to write, .png, .pdf or .svg (default: training_metrics.png in DIR)",
     )
+    parser.add_argument(
+        "--visual",
+        metavar="DIR",
+        type=Path,
+        help="draw instead what both visualize.py wrote to DIR, side by side, with the difference",
+    )
     args = parser.parse_args()
     output = args.output or args.logs / "training_metrics.png"
     try:
+        if args.visual:
+            return plot_visual(args.visual)
         if output.suffix.lower() not in [".png", ".pdf", ".svg"]:
             raise PlotError(
                 f"cannot tell a format from {output}; end --output in .png, .pdf or .svg"

@@ -34,6 +34,31 @@ def position_bias(rpb, height, width):
     return rpb.flatten(1)[:, relative_position_index(height, width, kernel_size)]
 
 
+def mixed_kernels(query, key, proj, rpb1, rpb2):
+    """The kernels of `contmix`, which has the arguments.
+
+    Returns each pixel's affinity to the regions (B, heads, H*W, S*S), and what it mixes by it:
+    kernels (B, heads, H, W, k1²) and (B, heads, H, W, k2²), each of which sums to 1.
+    """
+    B, _, H, W = query.shape
+    heads, k1, k2 = rpb1.shape[0], (rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2
+    # (B, dim/2, H, W) -> (B, heads, dim/2/heads, H*W) -> (B, heads, H*W, dim/2/heads)
+    query = query.reshape(B, heads, -1, H * W).transpose(2, 3)
+    # (B, dim/2, S, S) -> (B, heads, dim/2/heads, S*S)
+    key = key.reshape(B, heads, query.shape[3], -1)
+    affinity = query @ key  # (B, heads, H*W, S*S)
+    # The 1x1 convolution over a pixel's S*S affinities is a linear map of the last axis, by
+    # proj.weight (k1² + k2², S*S, 1, 1) -> (k1² + k2², S*S).
+    weight = linear(affinity, proj.weight.flatten(1), proj.bias)
+    # (B, heads, H*W, k1² + k2²) -> (B, heads, H, W, k1² + k2²)
+    weight = weight.reshape(B, heads, H, W, k1**2 + k2**2)
+    # (B, heads, H, W, k1² + k2²) -> (B, heads, H, W, k1²), (B, heads, H, W, k2²)
+    attn1, attn2 = jt.split(weight, (k1**2, k2**2), dim=-1)
+    attn1 = nn.softmax(attn1 + position_bias(rpb1, H, W), dim=-1)  # (B, heads, H, W, k1²)
+    attn2 = nn.softmax(attn2 + position_bias(rpb2, H, W), dim=-1)  # (B, heads, H, W, k2²)
+    return affinity, attn1, attn2
+
+
 def contmix(query, key, proj, rpb1, rpb2, x):
     """Convolve x by kernels made at each pixel: half of the channels by small ones, half by large.
 
@@ -74,20 +99,7 @@ def contmix(query, key, proj, rpb1, rpb2, x):
     # what runs on a GPU.
     if has_kernel(ContMixFunction):
         return ContMixFunction.apply(query, key, proj.weight, proj.bias, rpb1, rpb2, x)
-    # (B, dim/2, H, W) -> (B, heads, dim/2/heads, H*W) -> (B, heads, H*W, dim/2/heads)
-    query = query.reshape(B, heads, -1, H * W).transpose(2, 3)
-    # (B, dim/2, S, S) -> (B, heads, dim/2/heads, S*S)
-    key = key.reshape(B, heads, query.shape[3], -1)
-    # The 1x1 convolution over a pixel's S*S affinities is a linear map of the last axis, by
-    # proj.weight (k1² + k2², S*S, 1, 1) -> (k1² + k2², S*S).
-    weight = linear(query @ key, proj.weight.flatten(1), proj.bias)
-    # (B, heads, H*W, k1² + k2²) -> (B, heads, H, W, k1² + k2²)
-    weight = weight.reshape(B, heads, H, W, k1**2 + k2**2)
-    # (B, heads, H, W, k1² + k2²) -> (B, heads, H, W, k1²), (B, heads, H, W, k2²)
-    attn1, attn2 = jt.split(weight, (k1**2, k2**2), dim=-1)
-    attn1 = nn.softmax(attn1 + position_bias(rpb1, H, W), dim=-1)  # (B, heads, H, W, k1²)
-    attn2 = nn.softmax(attn2 + position_bias(rpb2, H, W), dim=-1)  # (B, heads, H, W, k2²)
-
+    _, attn1, attn2 = mixed_kernels(query, key, proj, rpb1, rpb2)
     # (B, dim, H, W) -> (B, 2, heads, dim/2/heads, H, W) -> (2, B, heads, H, W, dim/2/heads)
     value = x.reshape(B, 2, heads, -1, H, W).permute(1, 0, 2, 4, 5, 3)
     x1 = na2d_av(attn1, value[0], k1)

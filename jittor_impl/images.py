@@ -98,14 +98,20 @@ def decode(paths, progress):
 
 
 def read_photo(path, height, width, crop_pct):
-    """Any image file as a network sees it: upright, resized, its centre cut out.
+    """The image in any file as a network sees it, upright, (height, width, 3) uint8.
 
-    As timm's and torchvision's evaluation transforms: the image, turned by its EXIF orientation, is
-    resized (bicubic) until it just covers height / crop_pct x width / crop_pct.
-
-    Returns (height, width, 3) uint8. Raises InputError.
+    Raises InputError.
     """
-    image = Image.fromarray(decode_one(path, upright=True))
+    return centre_crop(decode_one(path, upright=True), height, width, crop_pct)
+
+
+def centre_crop(image, height, width, crop_pct):
+    """(H, W, 3) uint8 -> (height, width, 3), resized and its centre cut out.
+
+    As timm's and torchvision's evaluation transforms: it is resized (bicubic) until it just covers
+    height / crop_pct x width / crop_pct.
+    """
+    image = Image.fromarray(image)
     least_height, least_width = int(height / crop_pct), int(width / crop_pct)
     # In whole numbers: 3 / 7 * 7 need not be 3.
     if image.width * least_height <= image.height * least_width:

@@ -24,6 +24,7 @@ WITHOUT_FRAMEWORK = [
     "class_names.py",
     "dataset.py",
     "errors.py",
+    "figures.py",
     "images.py",
     "progress.py",
     "read_pth.py",
@@ -120,8 +121,10 @@ def test_the_diff_is_a_translation_table(name):
         assert [not line for line in jittor] == [not line for line in torch]
 
 
-@pytest.mark.parametrize("program", ["train.py", "predict.py"])
+@pytest.mark.parametrize("program", ["train.py", "predict.py", "visualize.py cam"])
 def test_help_lists_the_same_options(pythons, program):
+    program, *mode = program.split()
+
     def options(name):
         text = (
             run(pythons, name, "--help", program=program)
@@ -171,6 +174,18 @@ def test_runs_lie_on_each_other_and_read_each_others_checkpoints(pythons, datase
         resume = ["--output", tmp_path / "resumed", "--epochs", 3, "--resume", checkpoint]
         out = run(pythons, name, *common, *resume)
         assert "resumed from" in out and "epoch 3/3" in out
+
+    visual, shown = tmp_path / "visual", ["--checkpoint", tmp_path / "last.safetensors"]
+    for mode in ("cam", "erf", "kernels"):
+        for name in pythons:
+            options = [mode, *shown, "--samples", 8, "--output", visual]
+            run(pythons, name, *options, program="visualize.py")
+    command = [sys.executable, ROOT / "plot.py", "--visual", visual]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Of the range of a map's values, as README and docs/results.md say.
+    differences = [float(text) for text in re.findall(r"largest difference (\S+) of", out)]
+    assert len(differences) == 3 and max(differences) <= 1e-4, out
+    assert (visual / "cam_both.png").stat().st_size > 10000
 
     checkpoint, pictures = tmp_path / "last.safetensors", dataset / "val" / "images"
     predicted, exported = {}, {}

@@ -346,3 +346,45 @@ def test_missing_matplotlib(tmp_path):
         PYTHONDONTWRITEBYTECODE="1",
         says=["No module named 'matplotlib'; run pip install -r requirements-torch.txt"],
     )
+
+
+def write_visual(folder, suffix, **changes):
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    data = {"images": generator.integers(0, 256, (3, 64, 64, 3)).astype(np.uint8)}
+    for name in ("stage 1", "stage 2", "stage 3", "stage 4", "overview"):
+        data[name] = generator.random((3, 8, 8)).astype(np.float32)
+    np.savez(folder / f"cam{suffix}.npz", **data | changes)
+    return data
+
+
+def test_pictures_of_both_frameworks_and_their_difference(tmp_path):
+    data = write_visual(tmp_path, "")
+    moved = data["stage 3"].copy()
+    moved[1, 2, 3] += 0.25 * (moved.max() - moved.min())
+    write_visual(tmp_path, "_torch", **{"stage 3": moved})
+    result = run_script("--visual", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "cam: largest difference" in result.stdout and "in stage 3" in result.stdout
+    difference = float(result.stdout.split("largest difference ")[1].split()[0])
+    assert 0.19 < difference < 0.26
+    assert (tmp_path / "cam_both.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize("kind", ["none", "one", "other images", "other maps", "no arrays"])
+def test_pictures_that_are_no_pair(tmp_path, kind):
+    if kind != "none":
+        data = write_visual(tmp_path, "")
+    if kind == "other images":
+        write_visual(tmp_path, "_torch", images=data["images"] + 1)
+    if kind == "other maps":
+        write_visual(tmp_path, "_torch", overview=data["overview"][:2])
+    if kind == "no arrays":
+        (tmp_path / "cam_torch.npz").write_text("text")
+    result = run_script("--visual", tmp_path)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2 and len(lines) == 1, result.stderr
+    lacks = "lacks a pair such as cam.npz" in lines[0]
+    assert lacks == (kind in ("none", "one")) and (lacks or "do not belong together" in lines[0])
+    assert not list(tmp_path.glob("*.png"))

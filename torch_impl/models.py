@@ -350,7 +350,11 @@ class OverLoCK(nn.Module):
                 module.merge_dilated_branches()
 
     def stages(self, x):
-        """(B, in_chans, H, W) -> the maps at stride 4, 8, 16 and 32, and the overview."""
+        """(B, in_chans, H, W) -> the maps at stride 4, 8, 16, with its context, 32; the overview.
+
+        The last blocks' outputs: x1, x2, x3 (B, embed_dim[2], H/16, W/16), ctx (B, ctx_dim, H/16,
+        W/16), x4 (B, embed_dim[3] + ctx_dim, H/32, W/32), overview (B, embed_dim[3], H/32, W/32).
+        """
         x1 = self.patch_embed1(x)  # (B, embed_dim[0], H/4, W/4)
         for block in self.blocks1:
             x1 = block(x1)
@@ -374,14 +378,15 @@ class OverLoCK(nn.Module):
         x4, ctx4 = self.patch_embedx(x3, ctx)
         for block in self.sub_blocks4:
             x4, ctx4 = block(x4, ctx4, ctx0)
-        return x1, x2, torch.cat([x3, ctx], dim=1), x4, overview
+        return x1, x2, x3, ctx, x4, overview
 
     def features(self, x):
         """Four maps for a detector or a segmenter: (B, feature_dims[i], H/2**(i+2), W/2**(i+2))."""
-        return self.stages(x)[:4]
+        x1, x2, x3, ctx, x4, _ = self.stages(x)
+        return x1, x2, torch.cat([x3, ctx], dim=1), x4
 
     def forward(self, x):
-        _, _, _, x, overview = self.stages(x)
+        *_, x, overview = self.stages(x)
         main = self.head(x).flatten(1)  # (B, num_classes, 1, 1) -> (B, num_classes)
         if not self.training:
             return main

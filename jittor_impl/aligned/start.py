@@ -23,6 +23,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from .setup import patch_jittor
 from .setup.atomic import package_files, replace_link
 from .setup.cuda_toolkit import (
@@ -275,6 +276,8 @@ def import_jittor():
         fail("no g++, which Jittor compiles with; install it (Debian: apt install g++)")
 
     check_paths()
+    for number in (np.float32, np.float64):
+        np.finfo(number)  # measured once; it would warn after Jittor turned subnormal numbers off
     try:
         import jittor_utils  # which makes folders
         from jittor_utils import install_cuda

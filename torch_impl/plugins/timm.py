@@ -75,7 +75,7 @@ class TimmOverLoCK(OverLoCK):
 
     def forward_features(self, x):
         """(B, in_chans, H, W) -> (B, num_features, H/32, W/32)."""
-        return self.stages(x)[3]
+        return self.stages(x)[4]
 
     def forward_head(self, x, pre_logits=False):
         """(B, num_features, H/32, W/32) -> logits, or what the classifier gets."""
