@@ -126,11 +126,8 @@ def test_help_lists_the_same_options(pythons, program):
     program, *mode = program.split()
 
     def options(name):
-        text = (
-            run(pythons, name, "--help", program=program)
-            .replace("_torch", "")
-            .replace("PyTorch", "Jittor")
-        )
+        text = run(pythons, name, *mode, "--help", program=program)
+        text = text.replace("_torch", "").replace("PyTorch", "Jittor")
         entries = re.split(r"\n  (?=-)", text[text.index("\n  -") :])
         return {entry.split()[0]: " ".join(entry.split()) for entry in entries if entry.strip()}
 
