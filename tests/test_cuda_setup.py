@@ -75,8 +75,8 @@ HEADERS = [("helper_cuda.h", "computeMode"), ("cuda_limits.h", "npp.h")]
 
 @pytest.mark.parametrize("header, dropped", HEADERS)
 def test_headers_compile_with_cuda_13_once_changed(header, dropped, package, tmp_path):
-    nvcc = cuda_toolkit.system_nvcc()
-    if not nvcc or cuda_toolkit.toolkit_version(nvcc) < (13,):
+    nvccs = [n for n in cuda_toolkit.system_nvccs() if cuda_toolkit.toolkit_version(n) >= (13,)]
+    if not nvccs:
         pytest.skip("no nvcc of CUDA 13 or newer")
     source = tmp_path / "headers.cu"
     source.write_text(f'#include "{header}"\n')
@@ -84,7 +84,7 @@ def test_headers_compile_with_cuda_13_once_changed(header, dropped, package, tmp
     folders = [package / "jittor", Path(start.jt.__file__).parent]
     places = ("extern/cuda/inc", "src/misc", "src")
     includes = [f"-I{folder / place}" for folder in folders for place in places]
-    command = [nvcc, "-std=c++17", "-DIS_CUDA", "-cuda", *includes, "-o", os.devnull, source]
+    command = [nvccs[0], "-std=c++17", "-DIS_CUDA", "-cuda", *includes, "-o", os.devnull, source]
     before = subprocess.run(command, capture_output=True, text=True)
     assert before.returncode != 0 and dropped in before.stderr, before.stderr
     patch_jittor.apply()
@@ -121,7 +121,8 @@ def choose(tmp_path, monkeypatch):
             monkeypatch.setattr(module, "driver_version", lambda: driver)
         monkeypatch.setattr(cuda_toolkit, "compute_capability", lambda: capability)
         monkeypatch.setattr(start, "packaged_nvcc", lambda home: packaged)
-        monkeypatch.setattr(start, "system_nvcc", lambda: nvcc)
+        nvccs = nvcc if isinstance(nvcc, list) else [nvcc] if nvcc else []
+        monkeypatch.setattr(start, "system_nvccs", lambda: nvccs)
         start.choose_cuda(tmp_path)
         return os.environ["nvcc_path"]
 
@@ -194,6 +195,54 @@ def test_a_toolkit_that_is_too_new_gives_way(tmp_path, package, choose, capsys):
     assert "is of CUDA 13, but the GPU's driver is for CUDA 12 at most" in capsys.readouterr().err
     assert choose(1, None, packaged=new, capability=70) == ""
     assert "dropped GPUs older than Turing" in capsys.readouterr().err
+
+
+def test_a_toolkit_that_is_older_than_the_gpu_gives_way(tmp_path, package, choose, capsys):
+    old, new = fake_toolkit(tmp_path / "old", "12.4", 8), fake_toolkit(tmp_path / "new", "12.8", 8)
+    assert choose(1, [old, new], capability=120) == new and capsys.readouterr().err == ""
+    assert choose(1, old, capability=120) == ""
+    assert "is of CUDA 12.4, older than the GPU; install CUDA 12.8" in capsys.readouterr().err
+    assert choose(1, [old, new], capability=90) == old
+
+
+def test_a_toolkit_that_compiles_nothing_here_gives_way(tmp_path, choose, capsys):
+    """Such as CUDA 11.8 with Debian 12's g++; the answer is kept."""
+    broken, good = (fake_toolkit(tmp_path / name, "12.4", 8) for name in ("broken", "good"))
+    log = tmp_path / "calls"
+    with open(broken, "a") as script:
+        script.write(f"case $* in *empty.cu*) echo x >> {log}\n")
+        script.write(
+            "echo 'host_config.h:132: error: unsupported GNU version!' >&2; exit 1;; esac\n"
+        )
+    assert choose(1, [broken, good]) == good and capsys.readouterr().err == ""
+    assert choose(1, broken) == "" and log.read_text() == "x\n"
+    says = f"{broken} compiles nothing here (host_config.h:132: error: unsupported GNU version!)"
+    assert says in capsys.readouterr().err
+
+
+def test_every_toolkit_that_failed_is_named(tmp_path, choose, monkeypatch, capsys):
+    monkeypatch.setattr(cuda_toolkit, "SYSTEM_INCLUDE", tmp_path)
+    without = [fake_toolkit(tmp_path / name, "12.4", None) for name in ("one", "two")]
+    assert choose(1, without, driver=12) == ""
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(f"no cuDNN beside {nvcc}" in err for nvcc in without)
+
+
+def test_a_script_around_nvcc_is_seen_through(tmp_path, monkeypatch):
+    """As module systems and compiler caches make them; CUDA_HOME is looked into too."""
+    nvcc = Path(fake_toolkit(tmp_path / "cuda", "12.4", 8))
+    with open(nvcc, "a") as script:
+        script.write(f"echo '#$ TOP={nvcc.parent}/..' >&2\n")
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {nvcc} "$@"\n')
+    script.chmod(0o755)
+    assert cuda_toolkit.real_nvcc(str(script)) == str(nvcc)
+    assert cuda_toolkit.real_nvcc("/nowhere/nvcc") == "/nowhere/nvcc"
+    monkeypatch.setenv("PATH", str(script.parent), prepend=":")
+    other = fake_toolkit(tmp_path / "other", "12.6", 9)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "other"))
+    assert cuda_toolkit.system_nvccs()[:2] == [str(nvcc), other]
 
 
 def test_packages_of_nvidia_become_a_toolkit(tmp_path, monkeypatch):

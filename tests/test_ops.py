@@ -185,8 +185,8 @@ def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
     """
     if impl.name != "jittor":
         pytest.skip("only jittor_impl has kernels of its own")
-    nvcc = impl.module("aligned.setup.cuda_toolkit").system_nvcc()
-    if not nvcc:
+    nvccs = impl.module("aligned.setup.cuda_toolkit").system_nvccs()
+    if not nvccs:
         pytest.skip("no nvcc on this machine")
     calls = sorted(call for dtype in CUDA_TYPES for call in cuda_calls(impl, dtype, monkeypatch))
     headers = ("cuda_bf16.h", "cuda_fp16.h", "map", "string")
@@ -201,12 +201,43 @@ def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
         lines.append(f"{head} {{ typedef {types[0]} in0_type; {code} }}")
     source = tmp_path / "kernels.cu"
     source.write_text("\n".join(lines))
-    command = [nvcc, "-std=c++14", "--use_fast_math", "-c"]
+    command = [nvccs[0], "-std=c++14", "--use_fast_math", "-c"]
     for capability in (80, 90):
         command += ["-gencode", f"arch=compute_{capability},code=sm_{capability}"]
     command += ["-o", str(tmp_path / "kernels.o"), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_kernel_that_does_not_start_is_named(impl, tmp_path):
+    """With a GPU, since no block has so many threads; without, since there is none."""
+    if impl.name != "jittor":
+        pytest.skip("only jittor_impl has kernels of its own")
+    nvccs = impl.module("aligned.setup.cuda_toolkit").system_nvccs()
+    if not nvccs:
+        pytest.skip("no nvcc on this machine")
+    source, program = tmp_path / "launch.cu", tmp_path / "launch"
+    source.write_text("""
+#include <cstdio>
+#include "cuda_launch.h"
+template <typename T> __global__ void some_kernel(T* x) { *x = 0; }
+int main() {
+    try {
+        OVERLOCK_LAUNCH(some_kernel<float>, 1, 4096, 0, 0, (float*)nullptr);
+    } catch (const std::exception& error) {
+        std::puts(error.what());
+        return 0;
+    }
+    return 1;
+}
+""")
+    kernels = impl.module("aligned.launch").KERNELS
+    command = [nvccs[0], "-std=c++14", f"-I{kernels}", source, "-o", program]
+    subprocess.run(command, check=True, capture_output=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert (
+        result.returncode == 0 and "CUDA kernel some_kernel<float> did not start: " in result.stdout
+    )
 
 
 def test_cuda_kernels_on_a_cpu(impl, tmp_path):

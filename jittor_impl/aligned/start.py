@@ -33,7 +33,8 @@ from .setup.cuda_toolkit import (
     load_libraries,
     packaged_nvcc,
     problem,
-    system_nvcc,
+    real_nvcc,
+    system_nvccs,
     toolkit_version,
 )
 
@@ -89,21 +90,24 @@ def choose_cuda(home):
     chosen = os.environ.get("nvcc_path")
     if chosen == "":
         return
-    reason = None
     if not device_count() and "OVERLOCK_COMPILES_FOR_CUDA" not in os.environ:
-        if chosen or system_nvcc():
-            reason = "nvcc is installed but no CUDA GPU is usable"
+        reasons = (
+            ["nvcc is installed but no CUDA GPU is usable"] if chosen or system_nvccs() else []
+        )
     else:
-        reason = "there is a CUDA GPU but no nvcc"
-        for nvcc in filter(None, [chosen] if chosen else [packaged_nvcc(home), system_nvcc()]):
-            reason = problem(nvcc) or prepare_cuda(nvcc)
+        candidates = [real_nvcc(chosen)] if chosen else [packaged_nvcc(home), *system_nvccs()]
+        reasons = []
+        for nvcc in filter(None, candidates):
+            reason = problem(nvcc, home) or prepare_cuda(nvcc)
             if not reason:
                 os.environ["nvcc_path"] = nvcc
                 return
+            reasons.append(reason)
+        reasons = reasons or ["there is a CUDA GPU but no nvcc"]
         if device_count() and driver_version() >= 13:
-            reason += " (pip install -r requirements-cuda.txt brings all that is needed)"
-    if reason:
-        notice(f"{reason}: running on the CPU")
+            reasons[-1] += " (pip install -r requirements-cuda.txt brings all that is needed)"
+    if reasons:
+        notice(f"{'; '.join(reasons)}: running on the CPU")
     os.environ["nvcc_path"] = ""
 
 

@@ -5,8 +5,25 @@
 #include <cstdint>
 
 #ifndef OVERLOCK_LAUNCH
-#define OVERLOCK_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
-    kernel<<<grid, threads, shared_bytes, stream>>>(__VA_ARGS__)
+#include <stdexcept>
+#include <string>
+
+namespace overlock {
+
+// A kernel that does not start leaves its outputs as they are and stops nothing; Jittor reports what is thrown.
+inline void check_launch(const char* kernel) {
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess)
+        throw std::runtime_error(std::string("CUDA kernel ") + kernel + " did not start: " + cudaGetErrorString(error));
+}
+
+}  // namespace overlock
+
+#define OVERLOCK_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...)    \
+    do {                                                                     \
+        kernel<<<grid, threads, shared_bytes, stream>>>(__VA_ARGS__);        \
+        overlock::check_launch(#kernel);                                     \
+    } while (0)
 #define OVERLOCK_SHARED(name) extern __shared__ float name[]
 #endif
 

@@ -4,10 +4,14 @@ It is a system-wide one, or NVIDIA's packages from PyPI (requirements-cuda.txt).
 """
 
 import ctypes
+import hashlib
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 from functools import cache
+from glob import glob
 from pathlib import Path
 
 from .atomic import package_files, replace_link, replace_text
@@ -74,9 +78,25 @@ def compute_capability():
     return min(capabilities)
 
 
-def system_nvcc():
-    """The nvcc on the PATH or in CUDA's usual place, None if there is none."""
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+def system_nvccs():
+    """The nvccs of the machine: on the PATH, in CUDA_HOME, in CUDA's usual places."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    homes += ["/opt/cuda", *sorted(glob("/usr/local/cuda-*"), reverse=True)]
+    found = [shutil.which("nvcc"), *(shutil.which("nvcc", path=f"{h}/bin") for h in homes if h)]
+    return list(dict.fromkeys(real_nvcc(nvcc) for nvcc in found if nvcc))
+
+
+def real_nvcc(nvcc):
+    """The nvcc in its toolkit, where `nvcc` is a link or a script that calls it; else `nvcc`."""
+    try:
+        command = [nvcc, "--dryrun", "-c", "nothing.cu"]
+        output = subprocess.run(command, capture_output=True, text=True).stderr
+    except OSError:  # it is no program, or one for another kind of machine
+        return nvcc
+    top = re.search(r"^#\$ TOP=(.+)$", output, re.MULTILINE)
+    root = Path(top[1].strip()).resolve() if top else None
+    complete = root and (root / "bin" / "nvcc").exists() and (root / "lib64").exists()
+    return str(root / "bin" / "nvcc") if complete else nvcc
 
 
 def packaged_nvcc(home):
@@ -161,7 +181,30 @@ def cudnn_version(nvcc):
     return 0
 
 
-def problem(nvcc):
+def trial(nvcc, home):
+    """The first error of compiling an empty program as Jittor will, None if there is none.
+
+    A toolkit takes no g++ or C library that is newer than itself. It takes seconds, so the answer
+    is kept, by what it depends on.
+    """
+    compiler = shutil.which(os.environ.get("cc_path", "g++"))
+    commands = [nvcc, "--version"], [compiler, "--version"], ["ldd", "--version"]
+    versions = [subprocess.run(c, capture_output=True, text=True).stdout for c in commands]
+    key = hashlib.sha1("\n".join([nvcc, compiler, *versions]).encode()).hexdigest()[:16]
+    answer = Path(home) / ".cache" / "jittor" / f"nvcc-{key}.txt"
+    if not answer.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "empty.cu")
+            source.write_text("#include <cuda_runtime.h>\n#include <cmath>\n")
+            command = [nvcc, "-std=c++14", f"-ccbin={compiler}", "-c", source, "-o", f"{source}.o"]
+            result = subprocess.run(command, capture_output=True, text=True)
+        lines = [line for line in result.stderr.splitlines() if "error" in line]
+        failed = result.returncode != 0
+        replace_text(answer, (lines or ["no reason given"])[0] if failed else "", 0o644)
+    return answer.read_text() or None
+
+
+def problem(nvcc, home):
     """Why Jittor cannot work with this nvcc on this machine's GPUs; None if it can.
 
     Without a GPU, only whether it can compile.
@@ -178,4 +221,8 @@ def problem(nvcc):
         return f"{release}, but the GPU's driver is for CUDA {driver_version()} at most"
     if gpus and version >= (13,) and compute_capability() < 75:
         return f"{release}, which has dropped GPUs older than Turing; install CUDA 12"
-    return None
+    if gpus and compute_capability() >= 100 and version < (12, 8):
+        release = ".".join(map(str, version[:2]))
+        return f"{nvcc} is of CUDA {release}, older than the GPU; install CUDA 12.8 or newer"
+    error = trial(nvcc, home)
+    return f"{nvcc} compiles nothing here ({error.strip()[:160]})" if error else None
