@@ -45,7 +45,7 @@ def overlay(panel, image, values, extent=None, interpolation="bilinear"):
 
 def draw_cam(data):
     """A row for each image: the picture, then its Grad-CAM at the end of each part."""
-    names = [str(name) for name in data["names"]]
+    names = [str(name).partition(",")[0][:20] for name in data["names"]]  # the first synonym
     figure, axes = grid(len(data["images"]), 1 + len(MAPS))
     for i, row in enumerate(axes):
         row[0].imshow(data["images"][i])
@@ -56,7 +56,7 @@ def draw_cam(data):
             lines.append(f"true: {names[true]} {share[true]:.2f}" if true != best else "(right)")
         if target != best:
             lines.append(f"map of: {names[target]}")
-        row[0].set_xlabel("\n".join(line[:26] for line in lines), fontsize=6.5)
+        row[0].set_xlabel("\n".join(lines), fontsize=6.5)
         for panel, name in zip(row[1:], MAPS):
             values = data[name][i]
             overlay(panel, data["images"][i], values)
