@@ -387,6 +387,64 @@ def test_device_that_is_not_there(impl, command, dataset, tmp_path):
     one_line(result, "--device cpu")
 
 
+# (what the driver is for, whether PyTorch sees a GPU, its capability, its CUDA, the error of its
+# first kernel), what is said
+UNUSABLE = [
+    ((), False, None, "12.1", None, None),
+    ((12, 4), True, (8, 9), "12.1", None, None),
+    ((11, 4), False, None, "12.1", None, "driver is for CUDA 11.4, and .* CUDA 12.1; update the"),
+    ((12, 4), False, None, "13.0", None, "CUDA 13.0; update the driver, or pip install -r req"),
+    ((12, 4), False, None, None, None, "built for CPUs; pip install -r requirements-torch.txt"),
+    (
+        (13, 0),
+        True,
+        (12, 0),
+        "12.1",
+        "no kernel image",
+        "an sm_120, .* for sm_80; install PyTorch 2.7",
+    ),
+    ((13, 0), True, (7, 0), "13.0", "no kernel image", "an sm_70, .* sm_80; pip install -r requ"),
+    ((13, 0), True, (9, 0), "13.0", "ECC error\nmore", "cannot compute on GPU: CUDA ECC error$"),
+]
+
+
+@pytest.mark.parametrize("driver, seen, capability, cuda, error, says", UNUSABLE)
+def test_a_gpu_that_pytorch_cannot_use_is_named(
+    impl, monkeypatch, capsys, driver, seen, capability, cuda, error, says
+):
+    """With --device cuda it is an error, with auto a line before the CPU is taken."""
+    if impl.name != "torch":
+        pytest.skip("about PyTorch")
+    device, program, torch = impl.module("kernels.device"), impl.module("program"), impl.torch
+
+    def zeros(*_, **__):
+        if error:
+            raise RuntimeError(f"CUDA {error}")
+        return np.zeros(1)
+
+    for user in (device, program):
+        monkeypatch.setattr(user, "driver_version", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    for name, value in (
+        ("is_available", seen),
+        ("get_device_name", "GPU"),
+        ("get_device_capability", capability),
+        ("get_arch_list", ["sm_80"]),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    for asked in ("auto", "cuda"):
+        args = train.make_parser().parse_args(["--device", asked])
+        if asked == "cuda" and not (seen and not says):
+            with pytest.raises(train.InputError, match=says and says.rstrip("$") or "no CUDA GPU"):
+                program.choose_device(args)
+            continue
+        program.choose_device(args)
+        assert args.device == ("cuda" if seen and not says else "cpu")
+        err = capsys.readouterr().err
+        assert not err if not says else err.count("\n") == 1 and "running on the CPU" in err
+
+
 def test_natten_without_cuda_does_not_run_on_a_gpu(impl, monkeypatch):
     """There it returns memory as it was, without an exception."""
     if impl.name != "torch":
@@ -400,6 +458,7 @@ def test_natten_without_cuda_does_not_run_on_a_gpu(impl, monkeypatch):
     monkeypatch.setattr(backend, "natten", natten, raising=False)
     monkeypatch.setattr(impl.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(impl.torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(impl.module("program"), "cuda_problem", lambda: None)
     args = train.make_parser().parse_args(["--na2d", "natten", "--device", "cuda"])
     with pytest.raises(train.InputError, match="NATTEN was built without CUDA"):
         train.run_training(args, run_files.RunFiles(args.output, impl.suffix))

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from .errors import InputError, is_out_of_memory, stop
 from .kernels import backend
+from .kernels.device import cuda_problem, driver_version
+from .progress import say
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -35,20 +37,18 @@ def number(kind, minimum, exclusive=False):
 def add_device_options(parser):
     devices, of_auto = ("auto", "cpu", "cuda"), "auto takes the GPU if there is one"
     parser.add_argument("--device", choices=devices, default="auto", help=of_auto)
-    na2d = (
-        "who computes na2d_av: NATTEN, our dense product, our Triton kernels, or auto: "
-        "on a GPU NATTEN if built for it, else Triton for large maps; else dense"
-    )
-    parser.add_argument("--na2d", choices=backend.BACKENDS, default="auto", help=na2d)
+    parser.add_argument("--na2d", choices=backend.BACKENDS, default="auto", help=backend.HELP)
 
 
 def choose_device(args):
     """Settle args.device. Returns its name for the log."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        missing = "PyTorch sees no CUDA GPU"
-        raise InputError(f"{missing}; give --device cpu")
+    missing = cuda_problem() if args.device != "cpu" else None
+    if args.device == "cuda" and missing:
+        raise InputError(f"{missing}, or give --device cpu")
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = "cpu" if missing else "cuda"
+        if missing and driver_version():
+            say(f"torch_impl: {missing}: running on the CPU", sys.stderr)
     try:
         backend.set_na2d_backend(args.na2d, args.device)
     except ValueError as error:

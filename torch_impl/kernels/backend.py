@@ -18,6 +18,10 @@ except ImportError:
     natten_na2d_av = None
 
 BACKENDS = ("auto", "natten", "dense", "triton")
+HELP = (  # of the option --na2d
+    "who computes na2d_av: NATTEN, our dense product, our Triton kernels, or auto: "
+    "on a GPU NATTEN if built for it, else Triton for large maps; else dense"
+)
 _backend = "auto"
 
 
