@@ -144,8 +144,13 @@ def test_paths_that_jittor_cannot_compile_in_are_named_before_it_starts(tmp_path
     begin = time.perf_counter()
     result = python("import jittor_impl.models", HOME=str(home))
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
-    says = f"HOME lies in {home}, which has \"'\" ' ' '$'; set HOME to another folder"
+    says = f"its cache lies in {home}, which has \"'\" ' ' '$'; set HOME or JITTOR_HOME to"
     assert says in result.stderr and not home.exists()
+    # Jittor notes a JITTOR_HOME down, for later starts without one.
+    (tmp_path / ".cache" / "jittor").mkdir(parents=True)
+    (tmp_path / ".cache" / "jittor" / "config.json").write_text('{"JITTOR_HOME": "/my home"}')
+    result = python("import jittor_impl.models", HOME=str(tmp_path))
+    assert stopped(result, "its cache lies in /my home, which has ' '"), result.stderr
     code = "import sys; sys.prefix = '/opt/my env'; import jittor_impl.models"
     result = python(code)
     assert stopped(result, "the environment lies in /opt/my env, which has ' '; make it elsewhere")

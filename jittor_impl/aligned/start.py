@@ -8,6 +8,7 @@ without `nvcc`, and compiles for minutes without a word.
 import atexit
 import ctypes
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -169,6 +170,15 @@ def compile_jittor():
         fail(f"Jittor could not be compiled (status {status}), the reason is above")
 
 
+def jittor_home():
+    """The folder that jittor_utils.home() will answer, without making it or noting it down."""
+    kept = (
+        Path.home() / ".cache" / "jittor" / "config.json"
+    )  # where that notes the last JITTOR_HOME
+    before = json.loads(kept.read_text()).get("JITTOR_HOME") if kept.exists() else None
+    return os.path.abspath(os.environ.get("JITTOR_HOME") or before or Path.home())
+
+
 def check_paths():
     """End with one line where Jittor could not compile because of a character in a path of its own.
 
@@ -179,7 +189,7 @@ def check_paths():
         "the environment": (sys.prefix, "make it elsewhere"),
         "Jittor": (spec.origin if spec else "", "install it elsewhere"),
         "Python's headers": (sysconfig.get_path("include"), "use another Python"),
-        "HOME": (os.environ.get("JITTOR_HOME", Path.home()), "set HOME to another folder"),
+        "its cache": (jittor_home(), "set HOME or JITTOR_HOME to another folder"),
     }
     for name, (path, remedy) in places.items():
         odd = re.sub(PLAIN, "", str(path))
