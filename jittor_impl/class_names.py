@@ -22,6 +22,8 @@ def read_class_names(path, classes, count):
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a text file in UTF-8; save it as one") from None
     rows = read_json(text, path) if text.lstrip()[:1] in ("{", "[") else read_lines(text)
+    if not all(rows):
+        raise InputError(f"{path} has a class without a name; mend it")
     by_id = {row[0]: row[1] for row in rows if len(row) == 2}
     if classes and by_id.keys() & set(classes):
         return classes, [by_id.get(name, name) for name in classes]
@@ -30,9 +32,16 @@ def read_class_names(path, classes, count):
             f"{path} names {len(rows)} classes and the checkpoint has {count}; give a list that "
             "has a line for each of its outputs, in their order, or that names its WordNet ids"
         )
-    if all(len(row) == 2 for row in rows):
-        return [row[0] for row in rows], [row[1] for row in rows]
-    return classes, [row[-1] for row in rows]
+    names = [row[-1] for row in rows]
+    ids = [row[0] for row in rows] if all(len(row) == 2 for row in rows) else None
+    if ids is None or ids == [str(i) for i in range(count)]:
+        return classes, names
+    if classes:
+        raise InputError(
+            f"{path} names none of the checkpoint's classes, such as {classes[0]}; "
+            "give the list of the data that it was trained on"
+        )
+    return ids, names
 
 
 def read_lines(text):
@@ -51,7 +60,7 @@ def read_json(text, path):
         if isinstance(content, dict):
             content = [content[str(i)] for i in range(len(content))]
         return [tuple(map(str, row)) if isinstance(row, list) else (str(row),) for row in content]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         what = f"no JSON that lists class names ({str(error)[:60]})"
         expected = '["name", ...] or {"0": "name", ...}'
         raise InputError(f"{path} is {what}; expected {expected}") from None

@@ -35,7 +35,7 @@ IMG_SIZE, CROP_PCT = 224, 0.925
 def make_parser():
     parser = ArgumentParser(prog="predict.py", description=__doc__.partition("\n")[0])
     add, count = parser.add_argument, number(int, 1)
-    add("images", type=Path, nargs="+", metavar="IMAGE", help="an image file, or a folder of them")
+    add("images", nargs="+", metavar="IMAGE", help="an image file, or a folder of them")
     checkpoint = "ours, official, timm's: docs/checkpoints.md"
     add("--checkpoint", type=Path, required=True, help=checkpoint)
     add("--use-ema", action="store_true", help="take a checkpoint's averaged weights (EMA)")
@@ -44,9 +44,9 @@ def make_parser():
     )
     add("--class-names", type=Path, metavar="FILE", help=names)
     size = f"side of what the network sees (default: as trained by train.py, else {IMG_SIZE})"
-    add("--img-size", type=count, help=size)
+    add("--img-size", type=number(int, 1, maximum=8192), help=size)
     crop = f"share of the side that is cut out (default: 1 if trained by train.py, else {CROP_PCT})"
-    add("--crop-pct", type=number(float, 0, True), help=crop)
+    add("--crop-pct", type=number(float, 0.01, maximum=1), help=crop)
     add("--topk", type=count, default=5, help="classes to print (default: %(default)s)")
     add("-b", "--batch-size", type=count, default=32, help="images at a time (default: 32)")
     add("--json", action="store_true", help="print JSON")
@@ -61,17 +61,16 @@ def parse_args():
     args = parser.parse_args()
     if args.json and args.csv:
         parser.error("--json and --csv exclude one another; give one of them")
-    if args.crop_pct and args.crop_pct > 1:
-        parser.error(f"argument --crop-pct: must be at most 1, got {args.crop_pct}")
     return args
 
 
 def find_images(paths):
     """The image files among `paths` and below the folders among them. Raises InputError."""
     images = []
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"no image or folder at {path}; check the path")
+    for text in paths:
+        path = Path(text)
+        if not text or not path.exists():  # Path("") would be the current folder
+            raise InputError(f"no image or folder at {text or repr(text)}; check the path")
         found = images_below(path) if path.is_dir() else [path]
         if not found:
             raise InputError(f"no images in {path} (images end in {' '.join(SUFFIXES)})")
@@ -90,11 +89,15 @@ def image_size(run, img_size=None, crop_pct=None):
 def class_names(run, count, args):
     """Ids and names of the `count` classes, each None if it is not known."""
     classes = run["data"]["classes"] if run else None
-    path = args.class_names
-    if path is None and run:
-        words = Path(run["args"]["data_dir"]) / "words.txt"
-        path = words if words.is_file() else None
-    return read_class_names(path, classes, count) if path else (classes, None)
+    if args.class_names:
+        return read_class_names(args.class_names, classes, count)
+    try:
+        path = Path(run["args"]["data_dir"]) / "words.txt" if run else None
+        ids, names = read_class_names(path, classes, count) if path else (classes, None)
+    except (InputError, OSError):
+        return classes, None
+    # A folder given by a relative path may be another one today: its list names these ids or none.
+    return (classes, names) if ids == classes and names != classes else (classes, None)
 
 
 @jt.no_grad()
@@ -102,6 +105,9 @@ def probabilities(model, images, args):
     """uint8 images (n, H, W, 3) -> (n, classes) float64."""
     images = jt.array(normalise(images))
     logits = model(images).numpy().astype(np.float64)  # (n, classes)
+    if not np.isfinite(logits).all():
+        what = "computes numbers that are not finite: its run diverged"
+        raise InputError(f"{args.checkpoint} {what}; give another one")
     exp = np.exp(logits - logits.max(1, keepdims=True))
     return exp / exp.sum(1, keepdims=True)
 
@@ -163,7 +169,8 @@ def write_csv(results):
 
 def write_json(results):
     content = [{"image": str(path), "classes": classes} for path, classes in results]
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    is_utf8 = "utf" in sys.stdout.encoding.lower()
+    print(json.dumps(content, indent=2, ensure_ascii=not is_utf8))
 
 
 def predict(args):
@@ -171,7 +178,7 @@ def predict(args):
     choose_device(args)
     paths = find_images(args.images)
     arrays, _, run, notes = read_checkpoint(args.checkpoint, args.use_ema)
-    model = load_whole_model(arrays, args.checkpoint)
+    model, _ = load_whole_model(arrays, args.checkpoint)
     ids, names = class_names(run, model.num_classes, args)
     size = image_size(run, args.img_size, args.crop_pct)
     for note in notes:

@@ -1,6 +1,7 @@
 """What the programs share: kinds of options, the choice of the device, how a program ends."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -15,8 +16,11 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def number(kind, minimum, exclusive=False):
-    """An argparse type: `kind` (int or float), at least `minimum`, or above it if exclusive."""
+def number(kind, minimum, exclusive=False, maximum=None):
+    """An argparse type: `kind` (int or float), at least `minimum`, or above it if exclusive.
+
+    At most `maximum`, if there is one.
+    """
 
     def parse(text):
         value = kind(text)
@@ -24,6 +28,8 @@ def number(kind, minimum, exclusive=False):
             bound = f"{'above' if exclusive else 'at least'} {minimum}"
             what = f"{'' if kind is int else 'finite '}number {bound}"
             raise argparse.ArgumentTypeError(f"must be a {what}, got {text}")
+        if maximum is not None and value > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}, got {text}")
         return value
 
     # argparse says "invalid whole number value"
@@ -56,7 +62,9 @@ def run_program(name, body, args, advice=lambda: "give the same command again"):
     2 for what the user can mend; for a signal 128 + its number, with the text that advice()
     returns. Other exceptions pass.
     """
-    for stream in (sys.stdout, sys.stderr):  # a class's name may have letters that it lacks
+    for stream in filter(
+        None, (sys.stdout, sys.stderr)
+    ):  # a class's name may have letters that it lacks
         stream.reconfigure(errors="backslashreplace")
     interrupted = None
 
@@ -77,14 +85,17 @@ def run_program(name, body, args, advice=lambda: "give the same command again"):
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         output = vars(args).get("output")
-        path = Path(str(error.filename or output))
-        room, rights = "make room, or give another --output", "check the path and its permissions"
-        remedy = room if output in (path, *path.parents) else rights
+        path = Path(str(error.filename or output or "standard output"))
+        written = output in (path, *path.parents) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        room, rights = "make room, or write elsewhere", "check the path and its permissions"
+        remedy = f"{room} (--output)" if output and written else room if written else rights
         stop(name, 2, f"error: {path}: {error.strerror or error}; {remedy}")
     except BaseException as error:
         # Ctrl-C also reaches a compiler at work, whose failure may come first.
         if interrupted is None and is_out_of_memory(error):
-            stop(name, 2, f"error: out of memory; lower --batch-size ({args.batch_size})")
+            options = [key for key in ("batch_size", "img_size") if vars(args).get(key)]
+            lower = [f"--{key.replace('_', '-')} ({vars(args)[key]})" for key in options]
+            stop(name, 2, f"error: out of memory; lower {' or '.join(lower) or '--img-size'}")
         if interrupted is None:
             raise
         stop(name, 128 + interrupted, f"interrupted; {advice()}")

@@ -53,7 +53,7 @@ def make_parser():
         samples = dict(cam=4, erf=200, kernels=4)[mode]
         if mode != "erf":
             files = "image files and folders (default: --samples of the validation images)"
-            add("images", type=Path, nargs="*", metavar="IMAGE", help=files)
+            add("images", nargs="*", metavar="IMAGE", help=files)
         add("--checkpoint", type=Path, required=True, help="ours, official, timm's")
         add("--use-ema", action="store_true", help="take a checkpoint's averaged weights (EMA)")
         data = "data set of --samples (default: the one that the checkpoint was trained on)"
@@ -62,8 +62,16 @@ def make_parser():
         add("--samples", type=count, default=samples, help=drawn)
         add("--seed", type=number(int, 0), default=0, help="of the draw (default: 0)")
         add("--class-names", type=Path, metavar="FILE", help="list of class names")
-        add("--img-size", type=count, help="side of what the network sees (default: as trained)")
-        add("--crop-pct", type=number(float, 0, True), help="share of the side that is cut out")
+        add(
+            "--img-size",
+            type=number(int, 1, maximum=8192),
+            help="side of what the network sees (default: as trained)",
+        )
+        add(
+            "--crop-pct",
+            type=number(float, 0.01, maximum=1),
+            help="share of the side that is cut out",
+        )
         output = "folder for the figure and its arrays (default: logs/visual)"
         add("--output", type=Path, default=ROOT / "logs" / "visual", help=output)
         add("-b", "--batch-size", type=count, default=16, help="images at a time (default: 16)")
@@ -276,7 +284,8 @@ SHOW = {"cam": show_cam, "erf": show_erf, "kernels": show_kernels}
 def visualize(args):
     choose_device(args)
     arrays, _, run, notes = read_checkpoint(args.checkpoint, args.use_ema)
-    model = on_device(load_whole_model(arrays, args.checkpoint), args)
+    model, _ = load_whole_model(arrays, args.checkpoint)
+    model = on_device(model, args)
     args.variant = variant_of(arrays)
     images, labels = choose_images(model, run, args)
     args.output.mkdir(parents=True, exist_ok=True)

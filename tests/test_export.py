@@ -34,6 +34,15 @@ def source(arrays, tmp_path):
     return path
 
 
+def test_an_untrained_auxiliary_classifier_is_said(export, arrays, tmp_path):
+    rest = {key: value for key, value in arrays.items() if not key.startswith("aux_head.")}
+    rest = {key: np.ascontiguousarray(value).reshape(value.shape) for key, value in rest.items()}
+    checkpoint.write_atomic(tmp_path / "file", checkpoint.save(rest))
+    result = export("--init", tmp_path / "file", "--export", tmp_path / "a.pth")
+    assert result.returncode == 0, result.stderr
+    assert "has no auxiliary classifier; " in result.stdout
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_state_dict_with_the_official_keys(impl, export, arrays, source, tmp_path, merge):
     """test_both.py loads what Jittor writes with torch.load."""
@@ -63,11 +72,14 @@ def test_what_is_wrong_is_said(export, source, tmp_path):
         (["--init", source, "--export", taken], "exists; give another name"),
         (["--init", source, "--export", tmp_path / "a.npz"], "does not end in .pth"),
         (["--init", source, "--export", tmp_path / "a.onnx"], "onnx_export.py writes ONNX"),
-        (["--init", source, "--export", tmp_path / "none" / "a.pth"], "No such file"),
+        (["--init", source, "--export", tmp_path / "none" / "a.pth"], "there is no folder"),
         (["--init", tmp_path / "none", "--export", tmp_path / "a.pth"], "no checkpoint at"),
     ):
         result = export(*options)
         lines = [line for line in result.stderr.splitlines() if line.startswith("train.py: error")]
         assert result.returncode == 2 and len(lines) == 1 and words in lines[0], result.stderr
         assert "Traceback" not in result.stderr
+    link = tmp_path / "link.pth"
+    link.symlink_to("missing.pth")
+    assert "exists" in export("--init", source, "--export", link).stderr and link.is_symlink()
     assert taken.read_text() == "mine" and not (tmp_path / "a.pth").exists()

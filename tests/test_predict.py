@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from under_test import module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +110,9 @@ def test_any_checkpoint(impl, predict, dataset, tmp_path):
     assert "a backbone without a classifier" in line
 
 
-@pytest.mark.parametrize("options", [["--json", "--csv"], ["--crop-pct", 2], ["--topk", 0]])
+@pytest.mark.parametrize(
+    "options", [["--json", "--csv"], ["--crop-pct", 2], ["--topk", 0], ["--img-size", 10**20]]
+)
 def test_options_that_make_no_sense(predict, dataset, options):
     result = predict(dataset, *options)
     assert result.returncode == 2 and len(error_lines(result)) == 1
@@ -120,6 +122,7 @@ def test_bad_input_is_one_line_each(predict, dataset, tmp_path):
     picture = dataset / "val" / "images" / "val_n01_0.JPEG"
     for options, words in (
         ([tmp_path / "none.jpg"], "no image or folder at"),
+        ([""], "no image or folder at ''"),
         ([tmp_path], "no images in"),
         ([picture, "--class-names", tmp_path / "none.txt"], "No such file"),
     ):
@@ -170,6 +173,87 @@ def test_photographs_are_turned_and_of_any_mode(tmp_path):
 def save(image, path, **options):
     image.save(path, **options)
     return path
+
+
+def test_a_strip_and_damaged_exif_are_pictures(tmp_path):
+    """A strip of a pixel's width would be enlarged to gigabytes before its centre is cut out."""
+    strip = np.zeros((60000, 1, 3), np.uint8)
+    strip[30000:] = 200
+    photo = images.read_photo(save(Image.fromarray(strip), tmp_path / "a.png"), 224, 224, 0.925)
+    assert photo.shape == (224, 224, 3) and abs(int(photo.mean()) - 100) <= 1
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    damaged = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\xff\xff\0\0"
+    path = save(Image.fromarray(pixels), tmp_path / "b.jpg", exif=damaged)
+    assert images.read_photo(path, 32, 32, 1).shape == (32, 32, 3)
+
+
+def test_each_orientation_is_pillows(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = save(Image.fromarray(pixels), tmp_path / "a.png", exif=exif)
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        assert np.array_equal(images.decode_one(path, upright=True), expected)
+
+
+def test_folders_that_link_to_folders_around_them(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "picture.png").touch()
+        (tmp_path / name / "up").symlink_to(tmp_path)
+    found = images.images_below(tmp_path)
+    assert [path.parent.name for path in found] == ["a", "b"]
+
+
+def test_names_of_other_data_are_not_taken(predict, trained, dataset, tmp_path):
+    """A list that was given and fits nothing is refused; one that was found is left alone."""
+    picture = dataset / "val" / "images" / "val_n01_0.JPEG"
+    other = tmp_path / "names.txt"
+    other.write_text("n01440764 tench\nn01443537 goldfish\nn01484850 shark\n")
+    (line,) = error_lines(predict(picture, "--class-names", other))
+    assert "names none of the checkpoint's classes, such as n01" in line
+    ours = (dataset / "words.txt").read_text()
+    try:
+        for text in (other.read_text(), "two\nlines\n", "\xff"):
+            (dataset / "words.txt").write_text(text, encoding="latin-1")
+            (entry,) = json.loads(predict(picture, "--json").stdout)
+            assert {(one["class"], one["name"]) for one in entry["classes"]} == {
+                ("n01", None),
+                ("n02", None),
+                ("n03", None),
+            }
+    finally:
+        (dataset / "words.txt").write_text(ours)
+
+
+def test_checkpoints_that_give_no_answer(predict, dataset, tmp_path):
+    picture = dataset / "val" / "images" / "val_n01_0.JPEG"
+    arrays = checkpoint.model_arrays(models.overlock_xxt(num_classes=3))
+    grey = arrays["patch_embed1.0.weight"][:, :1]
+    short = {key: value for key, value in arrays.items() if key != "blocks1.0.dwconv.bias"}
+    for content, words in (
+        (arrays | {"head.4.bias": np.full(3, np.nan, np.float32)}, "its run diverged"),
+        (arrays | {"patch_embed1.0.weight": grey}, "takes images of 1 channels; give one for RGB"),
+        (short, "the file is damaged; give another one"),
+        (arrays | {"head.4.bias": np.zeros((), np.float32)}, "without a classifier"),
+    ):
+        content = {key: np.ascontiguousarray(v).reshape(v.shape) for key, v in content.items()}
+        checkpoint.write_atomic(tmp_path / "file", checkpoint.save(content))
+        result = predict(picture, checkpoint=tmp_path / "file")
+        (line,) = error_lines(result)
+        assert words in line and result.returncode == 2
+
+
+def test_a_full_disk_is_named(impl, trained, dataset):
+    program = ROOT / f"{impl.name}_impl" / "predict.py"
+    words = [sys.executable, program, dataset / "val", "--checkpoint", trained, "--json"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(list(map(str, words)), stdout=full, stderr=-1, text=True)
+    (line,) = error_lines(result)
+    assert "standard output: No space left on device; make room" in line
+    assert result.returncode == 2
 
 
 IDS = ["n01440764", "n01443537", "n01484850"]

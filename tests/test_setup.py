@@ -151,6 +151,9 @@ def test_paths_that_jittor_cannot_compile_in_are_named_before_it_starts(tmp_path
     (tmp_path / ".cache" / "jittor" / "config.json").write_text('{"JITTOR_HOME": "/my home"}')
     result = python("import jittor_impl.models", HOME=str(tmp_path))
     assert stopped(result, "its cache lies in /my home, which has ' '"), result.stderr
+    (tmp_path / ".cache" / "jittor" / "config.json").write_text("")
+    result = python("import jittor_impl.models", HOME=str(tmp_path))
+    assert stopped(result, "config.json, which Jittor wrote, is damaged; remove it"), result.stderr
     code = "import sys; sys.prefix = '/opt/my env'; import jittor_impl.models"
     result = python(code)
     assert stopped(result, "the environment lies in /opt/my env, which has ' '; make it elsewhere")

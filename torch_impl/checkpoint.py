@@ -124,21 +124,21 @@ def fill(arrays, own, path, keep_classifier):
     return filled, kept
 
 
-def load_model(model, arrays, path, keep_classifier=False):
+def load_model(model, arrays, path, keep_classifier=False, remedy=None):
     """Load `arrays` into `model`. Raises InputError if a key or a shape differs, and names it.
 
     With keep_classifier, classifiers that have another number of classes, or that are not there,
-    stay as they are in `model`. Returns the keys of those that stayed.
+    stay as they are in `model`. Returns the keys of those that stayed. `remedy` is what the error
+    says to do, if not to give another --model.
     """
     own = model_arrays(model)
     arrays, kept = fill(arrays, own, path, keep_classifier)
+    remedy = remedy or right_model(arrays)
     missing, unexpected = own.keys() - arrays.keys(), arrays.keys() - own.keys()
     if missing or unexpected:
         counts = f"{len(missing)} keys are missing, {len(unexpected)} unknown"
         which = f"{counts}, such as {min(missing or unexpected)}"
-        raise InputError(
-            f"{path} is a checkpoint of another model ({which}); {right_model(arrays)}"
-        )
+        raise InputError(f"{path} is a checkpoint of another model ({which}); {remedy}")
     for key, value in arrays.items():
         if key in CLASSIFIERS and value.shape != own[key].shape:
             raise InputError(
@@ -147,9 +147,7 @@ def load_model(model, arrays, path, keep_classifier=False):
             )
         if value.shape != own[key].shape:
             shapes = f"{key} is {value.shape} there, {own[key].shape} here"
-            raise InputError(
-                f"{path} is a checkpoint of another model ({shapes}); {right_model(arrays)}"
-            )
+            raise InputError(f"{path} is a checkpoint of another model ({shapes}); {remedy}")
     arrays = {key: value.astype(own[key].dtype) for key, value in arrays.items()}
     model.load_state_dict({key: torch.from_numpy(value) for key, value in arrays.items()})
     return kept
@@ -158,17 +156,21 @@ def load_model(model, arrays, path, keep_classifier=False):
 def load_whole_model(arrays, path):
     """The model that `arrays` are of, its variant, classes and branches found in them, loaded.
 
-    Raises InputError if it is none of the variants, or a backbone.
+    Returns it, and the keys of what they lack, such as the auxiliary classifier. Raises InputError
+    if it is none of the variants, or a backbone.
     """
     variant, classifier = variant_of(arrays), arrays.get("head.4.bias")
     if variant is None:
         raise InputError(f"{path} is of none of the variants: {', '.join(VARIANTS)}")
-    if classifier is None:
+    if classifier is None or classifier.ndim != 1:
         raise InputError(no_classifier(path))
+    stem = arrays.get("patch_embed1.0.weight", np.zeros((1, 3)))
+    if stem.ndim > 1 and stem.shape[1] != 3:
+        raise InputError(f"{path} takes images of {stem.shape[1]} channels; give one for RGB")
     of_arrays = dict(num_classes=len(classifier), deploy=is_merged(arrays))
     model = OverLoCK(**VARIANTS[variant], **of_arrays)
-    load_model(model, arrays, path)
-    return model
+    kept = load_model(model, arrays, path, remedy="the file is damaged; give another one")
+    return model, kept
 
 
 def right_model(arrays):

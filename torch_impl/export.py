@@ -22,10 +22,12 @@ def export(args):
         where = "torch_impl/plugins/onnx_export.py" if path.suffix == ".onnx" else ""
         remedy = f"; {where} writes ONNX" if where else ""
         raise InputError(f"{path} does not end in {' or '.join(SUFFIXES)}{remedy}")
-    if path.exists():
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {path.parent}; make it first")
+    if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists; give another name, or remove it")
     arrays, _, _, notes = read_checkpoint(args.init, args.use_ema)
-    model = load_whole_model(arrays, args.init)
+    model, kept = load_whole_model(arrays, args.init)
     if args.merge:
         model.reparam()
     arrays = model_arrays(model)
@@ -34,4 +36,6 @@ def export(args):
     write_atomic(path, file.getvalue())
     for note in notes:
         say(note)
+    if kept:
+        say(f"{args.init} has no auxiliary classifier; {path} holds an untrained one")
     say(f"wrote {len(arrays)} tensors of {args.init} to {path}")

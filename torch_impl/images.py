@@ -4,10 +4,11 @@ Nothing here depends on a framework: both implementations get the same NumPy arr
 """
 
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 from .errors import InputError
 
@@ -18,6 +19,18 @@ JUNK = {  # what systems and NAS boxes leave in folders and archives, in small l
     *("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
     *("@eadir", "lost+found"),
 }
+
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Of damaged EXIF and of many pixels; what cannot be read is an InputError.
+warnings.filterwarnings("ignore", module="PIL")
 
 
 def is_junk(name):
@@ -40,9 +53,13 @@ def images_in(folder):
     return [path for path in suited if not path.is_dir()]
 
 
-def images_below(folder):
+def images_below(folder, above=()):
     """Paths of the images in a folder and in the folders below it, by name."""
-    below = [image for path in listed(folder) if path.is_dir() for image in images_below(path)]
+    here = folder.resolve()
+    if here in above:  # a link to a folder around it
+        return []
+    folders = [path for path in listed(folder) if path.is_dir()]
+    below = [image for path in folders for image in images_below(path, (*above, here))]
     return images_in(folder) + below
 
 
@@ -63,11 +80,24 @@ def to_rgb(image):
     return np.asarray(image.convert("RGB"))
 
 
+def turned(image):
+    """A Pillow image turned upright, by its EXIF orientation."""
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # damaged EXIF, which says nothing of the pixels
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def decode_one(path, upright=False):
     """One image file -> (H, W, 3) uint8, if `upright` turned by its EXIF. Raises InputError."""
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+            return to_rgb(turned(image) if upright else image)
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError:
+        raise InputError(f"{path} has more than 178 million pixels; make it smaller") from None
     except Exception as error:
         # Missing, truncated, no image: Pillow raises what its decoders happen to raise.
         content = "truncated" if "truncated" in str(error) else "not an image"
@@ -118,9 +148,15 @@ def centre_crop(image, height, width, crop_pct):
         scaled = least_width, least_width * image.height // image.width
     else:
         scaled = least_height * image.width // image.height, least_height
+    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
+    if scaled[0] * scaled[1] > Image.MAX_IMAGE_PIXELS:
+        # Of so long a strip the centre alone is resized; the edges may round otherwise.
+        x, y = image.width / scaled[0], image.height / scaled[1]
+        right, bottom = min((left + width) * x, image.width), min((top + height) * y, image.height)
+        box = (left * x, top * y, right, bottom)
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
     if scaled != image.size:
         image = image.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
 

@@ -175,7 +175,10 @@ def jittor_home():
     kept = (
         Path.home() / ".cache" / "jittor" / "config.json"
     )  # where that notes the last JITTOR_HOME
-    before = json.loads(kept.read_text()).get("JITTOR_HOME") if kept.exists() else None
+    try:
+        before = json.loads(kept.read_text()).get("JITTOR_HOME") if kept.exists() else None
+    except (ValueError, AttributeError):
+        fail(f"{kept}, which Jittor wrote, is damaged; remove it")
     return os.path.abspath(os.environ.get("JITTOR_HOME") or before or Path.home())
 
 

@@ -89,16 +89,18 @@ def make_parser():
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="ours, official, timm's")
     add("file", type=Path, metavar="FILE", help="the ONNX file to write")
     size = f"side of the images (default: as trained by train.py, else {IMG_SIZE})"
-    add("--img-size", type=number(int, 1), help=size)
+    add("--img-size", type=number(int, 1, maximum=8192), help=size)
     add("--use-ema", action="store_true", help="take a checkpoint's averaged weights (EMA)")
     return parser
 
 
 def export(args):
-    if args.file.exists():
+    if not args.file.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {args.file.parent}; make it first")
+    if args.file.exists() or args.file.is_symlink():
         raise InputError(f"{args.file} exists; give another name, or remove it")
     arrays, _, run, notes = read_checkpoint(args.checkpoint, args.use_ema)
-    model = load_whole_model(arrays, args.checkpoint)
+    model, _ = load_whole_model(arrays, args.checkpoint)
     model.reparam()
     height, width, _ = image_size(run, args.img_size)
     file = io.BytesIO()
