@@ -25,7 +25,7 @@ from . import figures, models
 from .aligned.start import jt
 from .checkpoint import load_whole_model, read_checkpoint, variant_of
 from .contmix import contmix, mixed_kernels
-from .dataset import load
+from .dataset import find_classes, load
 from .errors import InputError
 from .images import centre_crop, normalise, read_photo
 from .predict import class_names, find_images, image_size
@@ -95,11 +95,11 @@ def choose_images(model, run, args):
         paths = find_images(args.images)
         images = [read_photo(path, height, width, crop_pct) for path in paths]
         return np.stack(images), np.full(len(images), -1)
-    args.num_classes = model.num_classes
     if not args.data_dir and not run:
         unknown = f"{args.checkpoint} does not say what it was trained on"
         raise InputError(f"{unknown}; give images, or a data set with --data-dir")
     args.data_dir = args.data_dir or Path(run["args"]["data_dir"])
+    args.num_classes = model.num_classes or len(find_classes(args.data_dir))  # of a backbone, all
     count = run["args"]["val_per_class"] if run else VAL_PER_CLASS
     _, val = load(args.data_dir, args.num_classes, 0, count, not args.no_progress)
     check_classes(run, val, args, args.checkpoint)
@@ -284,7 +284,7 @@ SHOW = {"cam": show_cam, "erf": show_erf, "kernels": show_kernels}
 def visualize(args):
     choose_device(args)
     arrays, _, run, notes = read_checkpoint(args.checkpoint, args.use_ema)
-    model, _ = load_whole_model(arrays, args.checkpoint)
+    model, _ = load_whole_model(arrays, args.checkpoint, needs_classifier=args.mode == "cam")
     model = on_device(model, args)
     args.variant = variant_of(arrays)
     images, labels = choose_images(model, run, args)

@@ -177,6 +177,17 @@ def test_the_figures_and_their_arrays(impl, visualize, run, dataset, tmp_path):
     assert -0.5 <= left < 60 < right <= 63.5 and -0.5 <= top < 3 < bottom <= 63.5
 
 
+def test_a_backbone_is_enough_without_classes(impl, run, model, dataset, tmp_path):
+    arrays = {key: np.array(value) for key, value in checkpoint.model_arrays(model).items()}
+    backbone = {key: value for key, value in arrays.items() if "head." not in key}
+    checkpoint.write_atomic(tmp_path / "backbone", checkpoint.save(backbone))
+    options = ["--checkpoint", tmp_path / "backbone"]
+    picture = dataset / "val" / "images" / "val_n02_1.JPEG"
+    assert run("kernels", picture, *options).returncode == 0
+    result = run("cam", picture, *options)
+    assert result.returncode == 2 and "without a classifier" in result.stderr
+
+
 def test_bad_input_is_one_line(run, dataset, tmp_path, weights):
     picture = dataset / "val" / "images" / "val_n02_1.JPEG"
     for options, words in (

@@ -153,23 +153,25 @@ def load_model(model, arrays, path, keep_classifier=False, remedy=None):
     return kept
 
 
-def load_whole_model(arrays, path):
+def load_whole_model(arrays, path, needs_classifier=True):
     """The model that `arrays` are of, its variant, classes and branches found in them, loaded.
 
     Returns it, and the keys of what they lack, such as the auxiliary classifier. Raises InputError
-    if it is none of the variants, or a backbone.
+    if it is none of the variants, or a backbone and needs_classifier.
     """
     variant, classifier = variant_of(arrays), arrays.get("head.4.bias")
     if variant is None:
         raise InputError(f"{path} is of none of the variants: {', '.join(VARIANTS)}")
-    if classifier is None or classifier.ndim != 1:
+    has_classifier = classifier is not None and classifier.ndim == 1
+    if needs_classifier and not has_classifier:
         raise InputError(no_classifier(path))
     stem = arrays.get("patch_embed1.0.weight", np.zeros((1, 3)))
     if stem.ndim > 1 and stem.shape[1] != 3:
         raise InputError(f"{path} takes images of {stem.shape[1]} channels; give one for RGB")
-    of_arrays = dict(num_classes=len(classifier), deploy=is_merged(arrays))
-    model = OverLoCK(**VARIANTS[variant], **of_arrays)
-    kept = load_model(model, arrays, path, remedy="the file is damaged; give another one")
+    num_classes = len(classifier) if has_classifier else 0
+    model = OverLoCK(**VARIANTS[variant], num_classes=num_classes, deploy=is_merged(arrays))
+    remedy = "the file is damaged; give another one"
+    kept = load_model(model, arrays, path, keep_classifier=not has_classifier, remedy=remedy)
     return model, kept
 
 
