@@ -6,7 +6,7 @@ from .aligned.write_pth import save
 from .checkpoint import load_whole_model, model_arrays, read_checkpoint
 from .errors import InputError
 from .progress import say
-from .run_files import write_atomic
+from .run_files import check_new_file, write_atomic
 
 SUFFIXES = (".pth", ".pt", ".bin", ".tar")
 
@@ -22,10 +22,7 @@ def export(args):
         where = "torch_impl/plugins/onnx_export.py" if path.suffix == ".onnx" else ""
         remedy = f"; {where} writes ONNX" if where else ""
         raise InputError(f"{path} does not end in {' or '.join(SUFFIXES)}{remedy}")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"there is no folder {path.parent}; make it first")
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists; give another name, or remove it")
+    check_new_file(path)
     arrays, _, _, notes = read_checkpoint(args.init, args.use_ema)
     model, kept = load_whole_model(arrays, args.init)
     if args.merge:

@@ -3,11 +3,6 @@
 Colours are viridis: apart for the colour-blind and in greyscale.
 """
 
-import os
-import tempfile
-from pathlib import Path
-
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -140,13 +135,3 @@ def draw_kernels(data):
 
 
 DRAW = {"cam": draw_cam, "erf": draw_erf, "kernels": draw_kernels}
-
-
-def save(figure, path):
-    """Write the figure; a failure leaves an earlier one as it was."""
-    path = Path(path)
-    with tempfile.TemporaryDirectory(prefix=".figure-", dir=path.parent) as folder:
-        temporary = Path(folder, path.name)
-        with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType: conferences refuse Type 3
-            figure.savefig(temporary)
-        os.replace(temporary, path)

@@ -122,7 +122,8 @@ def choose(tmp_path, monkeypatch):
         monkeypatch.setattr(cuda_toolkit, "compute_capability", lambda: capability)
         monkeypatch.setattr(start, "packaged_nvcc", lambda home: packaged)
         nvccs = nvcc if isinstance(nvcc, list) else [nvcc] if nvcc else []
-        monkeypatch.setattr(start, "system_nvccs", lambda: nvccs)
+        for name in ("system_nvccs", "nvcc_paths"):
+            monkeypatch.setattr(start, name, lambda: nvccs)
         start.choose_cuda(tmp_path)
         return os.environ["nvcc_path"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from under_test import module
+from under_test import module, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 checkpoint, models, weights = (module(name) for name in ("checkpoint", "models", "weights"))
@@ -29,15 +29,13 @@ def arrays():
 @pytest.fixture
 def source(arrays, tmp_path):
     path = tmp_path / "weights.safetensors"
-    ours = {f"model.{key}": np.ascontiguousarray(v).reshape(v.shape) for key, v in arrays.items()}
-    checkpoint.write_atomic(path, checkpoint.save(ours))
+    save_weights(path, arrays, prefix="model.")
     return path
 
 
 def test_an_untrained_auxiliary_classifier_is_said(export, arrays, tmp_path):
     rest = {key: value for key, value in arrays.items() if not key.startswith("aux_head.")}
-    rest = {key: np.ascontiguousarray(value).reshape(value.shape) for key, value in rest.items()}
-    checkpoint.write_atomic(tmp_path / "file", checkpoint.save(rest))
+    save_weights(tmp_path / "file", rest)
     result = export("--init", tmp_path / "file", "--export", tmp_path / "a.pth")
     assert result.returncode == 0, result.stderr
     assert "has no auxiliary classifier; " in result.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from under_test import module
+from under_test import module, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 checkpoint, models = module("checkpoint"), module("models")
@@ -54,7 +54,7 @@ def test_the_program(tmp_path):
     onnx = pytest.importorskip("onnx")
     program, weights, file = ROOT / "torch_impl" / "plugins" / "onnx_export.py", "w", "a.onnx"
     arrays = checkpoint.model_arrays(models.overlock_xxt(num_classes=3))
-    checkpoint.write_atomic(tmp_path / weights, checkpoint.save(arrays))
+    save_weights(tmp_path / weights, arrays)
 
     def run(*options):
         command = [sys.executable, program, *options]

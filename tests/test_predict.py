@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from under_test import module
+from under_test import module, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 images, class_names, checkpoint, models = (
@@ -91,7 +91,7 @@ def test_any_checkpoint(impl, predict, dataset, tmp_path):
     model = models.overlock_xxt(num_classes=7, seed=3)
     arrays = checkpoint.model_arrays(model)
     weights = tmp_path / "weights.safetensors"
-    checkpoint.write_atomic(weights, checkpoint.save(arrays))
+    save_weights(weights, arrays)
     plain = predict(picture, checkpoint=weights)
     assert plain.returncode == 0, plain.stderr
     assert plain.stdout.count("class ") == 5
@@ -105,7 +105,7 @@ def test_any_checkpoint(impl, predict, dataset, tmp_path):
     smaller = predict(picture, "--img-size", 64, "--crop-pct", 1, checkpoint=weights)
     assert smaller.returncode == 0 and smaller.stdout != plain.stdout
     backbone = {key: value for key, value in arrays.items() if "head." not in key}
-    checkpoint.write_atomic(weights, checkpoint.save(backbone))
+    save_weights(weights, backbone)
     (line,) = error_lines(predict(picture, checkpoint=weights))
     assert "a backbone without a classifier" in line
 
@@ -239,8 +239,7 @@ def test_checkpoints_that_give_no_answer(predict, dataset, tmp_path):
         (short, "the file is damaged; give another one"),
         (arrays | {"head.4.bias": np.zeros((), np.float32)}, "without a classifier"),
     ):
-        content = {key: np.ascontiguousarray(v).reshape(v.shape) for key, v in content.items()}
-        checkpoint.write_atomic(tmp_path / "file", checkpoint.save(content))
+        save_weights(tmp_path / "file", content)
         result = predict(picture, checkpoint=tmp_path / "file")
         (line,) = error_lines(result)
         assert words in line and result.returncode == 2

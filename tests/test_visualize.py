@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from under_test import module
+from under_test import module, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 checkpoint, models = module("checkpoint"), module("models")
@@ -138,8 +138,7 @@ def test_mixed_kernels_are_what_contmix_applies(impl, visualize, model, images):
 @pytest.fixture(scope="module")
 def weights(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    arrays = {key: np.array(value) for key, value in checkpoint.model_arrays(model).items()}
-    checkpoint.write_atomic(path, checkpoint.save(arrays))
+    save_weights(path, checkpoint.model_arrays(model))
     return path
 
 
@@ -178,9 +177,9 @@ def test_the_figures_and_their_arrays(impl, visualize, run, dataset, tmp_path):
 
 
 def test_a_backbone_is_enough_without_classes(impl, run, model, dataset, tmp_path):
-    arrays = {key: np.array(value) for key, value in checkpoint.model_arrays(model).items()}
+    arrays = checkpoint.model_arrays(model)
     backbone = {key: value for key, value in arrays.items() if "head." not in key}
-    checkpoint.write_atomic(tmp_path / "backbone", checkpoint.save(backbone))
+    save_weights(tmp_path / "backbone", backbone)
     options = ["--checkpoint", tmp_path / "backbone"]
     picture = dataset / "val" / "images" / "val_n02_1.JPEG"
     assert run("kernels", picture, *options).returncode == 0

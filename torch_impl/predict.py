@@ -108,6 +108,11 @@ def probabilities(model, images, args):
     if not np.isfinite(logits).all():
         what = "computes numbers that are not finite: its run diverged"
         raise InputError(f"{args.checkpoint} {what}; give another one")
+    return softmax(logits)
+
+
+def softmax(logits):
+    """(n, classes) -> (n, classes)"""
     exp = np.exp(logits - logits.max(1, keepdims=True))
     return exp / exp.sum(1, keepdims=True)
 

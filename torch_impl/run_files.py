@@ -29,6 +29,14 @@ def write_atomic(path, data):
         raise
 
 
+def check_new_file(path):
+    """Raise InputError unless a file can be made at `path` without overwriting one."""
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {path.parent}; make it first")
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} exists; give another name, or remove it")
+
+
 def epoch_line(row, epochs):
     """What the text log says of an epoch, a row of the history."""
     return (

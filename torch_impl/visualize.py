@@ -23,12 +23,12 @@ if not __package__:  # run as a file: the folder around it becomes a package
     __import__(__package__)
 
 from . import figures, models
-from .checkpoint import load_whole_model, read_checkpoint, variant_of
+from .checkpoint import load_whole_model, model_arrays, read_checkpoint, variant_of
 from .contmix import contmix, mixed_kernels
 from .dataset import find_classes, load
 from .errors import InputError
 from .images import centre_crop, normalise, read_photo
-from .predict import class_names, find_images, image_size
+from .predict import class_names, find_images, image_size, softmax
 from .program import ArgumentParser, add_device_options, choose_device, number, run_program
 from .progress import say
 from .run_files import write_atomic
@@ -220,20 +220,20 @@ def show_cam(model, images, labels, run, args):
         target = (lambda x: x.argmax(1)) if args.target == "predicted" else labels_of_target[part]
         found.append(grad_cam(model, batch, target))
     logits = np.concatenate([values for values, _ in found])
-    exp = np.exp(logits - logits.max(1, keepdims=True))
     predicted = logits.argmax(1)
     target = predicted if args.target == "predicted" else labels_of_target
     ids, names = class_names(run, model.num_classes, args)
     names = names or ids or [f"class {i}" for i in range(model.num_classes)]
     result = dict(images=images, true=labels, predicted=predicted, target=target, names=names)
-    result["probabilities"] = exp / exp.sum(1, keepdims=True)
+    result["probabilities"] = softmax(logits)
     return result | {name: np.concatenate([c[name] for _, c in found]) for name in figures.MAPS}
 
 
 def show_erf(model, images, labels, run, args):
     """The arrays of erf.npz: of the checkpoint, and of its initial weights."""
     seed = run["args"]["seed"] if run else 0
-    initial = models.OverLoCK(**models.VARIANTS[args.variant], num_classes=0, seed=seed)
+    variant = models.VARIANTS[variant_of(model_arrays(model))]
+    initial = models.OverLoCK(**variant, num_classes=0, seed=seed)
     initial = on_device(initial, args)
     result = {"count": len(images)}
     for when, network in (("initial", initial), ("trained", model)):
@@ -286,17 +286,17 @@ def visualize(args):
     arrays, _, run, notes = read_checkpoint(args.checkpoint, args.use_ema)
     model, _ = load_whole_model(arrays, args.checkpoint, needs_classifier=args.mode == "cam")
     model = on_device(model, args)
-    args.variant = variant_of(arrays)
     images, labels = choose_images(model, run, args)
     args.output.mkdir(parents=True, exist_ok=True)
     for note in notes:
         say(note)
     data = SHOW[args.mode](model, images, labels, run, args) | {"framework": FRAMEWORK}
-    file = io.BytesIO()
-    np.savez_compressed(file, **data)
+    arrays, picture = io.BytesIO(), io.BytesIO()
+    np.savez_compressed(arrays, **data)
+    figures.DRAW[args.mode](data).savefig(picture, format="png")
     figure, kept = (args.output / f"{args.mode}{SUFFIX}{end}" for end in (".png", ".npz"))
-    write_atomic(kept, file.getvalue())
-    figures.save(figures.DRAW[args.mode](data), figure)
+    for path, content in ((kept, arrays), (figure, picture)):
+        write_atomic(path, content.getvalue())
     if args.mode == "erf":
         print_shares(data)
     say(f"wrote {figure} and {kept}, {len(images)} images")

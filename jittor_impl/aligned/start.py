@@ -32,6 +32,7 @@ from .setup.cuda_toolkit import (
     device_count,
     driver_version,
     load_libraries,
+    nvcc_paths,
     packaged_nvcc,
     problem,
     real_nvcc,
@@ -92,9 +93,8 @@ def choose_cuda(home):
     if chosen == "":
         return
     if not device_count() and "OVERLOCK_COMPILES_FOR_CUDA" not in os.environ:
-        reasons = (
-            ["nvcc is installed but no CUDA GPU is usable"] if chosen or system_nvccs() else []
-        )
+        installed = chosen or nvcc_paths()  # which is asked nothing: this is most users' start
+        reasons = ["nvcc is installed but no CUDA GPU is usable"] if installed else []
     else:
         candidates = [real_nvcc(chosen)] if chosen else [packaged_nvcc(home), *system_nvccs()]
         reasons = []
@@ -172,9 +172,8 @@ def compile_jittor():
 
 def jittor_home():
     """The folder that jittor_utils.home() will answer, without making it or noting it down."""
-    kept = (
-        Path.home() / ".cache" / "jittor" / "config.json"
-    )  # where that notes the last JITTOR_HOME
+    # Where that notes the last JITTOR_HOME.
+    kept = Path.home() / ".cache" / "jittor" / "config.json"
     try:
         before = json.loads(kept.read_text()).get("JITTOR_HOME") if kept.exists() else None
     except (ValueError, AttributeError):

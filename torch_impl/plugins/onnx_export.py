@@ -24,11 +24,10 @@ if not __package__:  # run as a file: the folder around it becomes a package
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.overrides import TorchFunctionMode
 from ..checkpoint import load_whole_model, read_checkpoint
-from ..errors import InputError
 from ..predict import IMG_SIZE, image_size
 from ..program import ArgumentParser, number, run_program
 from ..progress import say
-from ..run_files import write_atomic
+from ..run_files import check_new_file, write_atomic
 
 OPSET = 17
 
@@ -95,10 +94,7 @@ def make_parser():
 
 
 def export(args):
-    if not args.file.absolute().parent.is_dir():
-        raise InputError(f"there is no folder {args.file.parent}; make it first")
-    if args.file.exists() or args.file.is_symlink():
-        raise InputError(f"{args.file} exists; give another name, or remove it")
+    check_new_file(args.file)
     arrays, _, run, notes = read_checkpoint(args.checkpoint, args.use_ema)
     model, _ = load_whole_model(arrays, args.checkpoint)
     model.reparam()

@@ -78,12 +78,17 @@ def compute_capability():
     return min(capabilities)
 
 
-def system_nvccs():
-    """The nvccs of the machine: on the PATH, in CUDA_HOME, in CUDA's usual places."""
+def nvcc_paths():
+    """Where the machine has an nvcc: on the PATH, in CUDA_HOME, in CUDA's usual places."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     homes += ["/opt/cuda", *sorted(glob("/usr/local/cuda-*"), reverse=True)]
     found = [shutil.which("nvcc"), *(shutil.which("nvcc", path=f"{h}/bin") for h in homes if h)]
-    return list(dict.fromkeys(real_nvcc(nvcc) for nvcc in found if nvcc))
+    return [nvcc for nvcc in found if nvcc]
+
+
+def system_nvccs():
+    """The nvccs of the machine, each in its toolkit and once."""
+    return list(dict.fromkeys(map(real_nvcc, nvcc_paths())))
 
 
 def real_nvcc(nvcc):
@@ -188,9 +193,10 @@ def trial(nvcc, home):
     is kept, by what it depends on.
     """
     compiler = shutil.which(os.environ.get("cc_path", "g++"))
-    commands = [nvcc, "--version"], [compiler, "--version"], ["ldd", "--version"]
+    commands = [compiler, "--version"], ["ldd", "--version"]
     versions = [subprocess.run(c, capture_output=True, text=True).stdout for c in commands]
-    key = hashlib.sha1("\n".join([nvcc, compiler, *versions]).encode()).hexdigest()[:16]
+    parts = [nvcc, str(toolkit_version(nvcc)), compiler, *versions]
+    key = hashlib.sha1("\n".join(parts).encode()).hexdigest()[:16]
     answer = Path(home) / ".cache" / "jittor" / f"nvcc-{key}.txt"
     if not answer.exists():
         with tempfile.TemporaryDirectory() as folder:
