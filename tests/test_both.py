@@ -21,12 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # What Jittor alone needs lies in aligned/; the kernels are each framework's own.
 MIRRORED = sorted(path.name for path in (ROOT / "torch_impl").glob("*.py"))
 WITHOUT_FRAMEWORK = [
+    "augment.py",
     "class_names.py",
     "dataset.py",
     "errors.py",
     "figures.py",
     "images.py",
     "progress.py",
+    "rand_augment.py",
     "read_pth.py",
     "run_files.py",
     "weights.py",
