@@ -1,6 +1,7 @@
 """Checkpoints: safetensors files, the same keys in both frameworks: either loads the other's.
 
-Keys: model.<state-dict key>, optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter>.
+Keys: model.<state-dict key>, optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter>, and,
+where weights are averaged, ema.<state-dict key>.
 Metadata "run", JSON: epoch (epochs done), step (optimizer steps done), best_top1, args, data
 (classes and image shape), history (rows of the log).
 """
@@ -38,20 +39,28 @@ def model_arrays(model):
     return arrays
 
 
-def optimizer_arrays(model, optimizer):
-    """AdamW's moments, {"exp_avg.<name>" and "exp_avg_sq.<name>": NumPy array}."""
-    arrays = {}
-    for i, name in enumerate(trainable(model)):
+def moments_of(optimizer):
+    """AdamW's moments, {"exp_avg.<name>" and "exp_avg_sq.<name>": Var}."""
+    moments = {}
+    for group in optimizer.param_groups:
         for moment, jittor_name in (("exp_avg", "m"), ("exp_avg_sq", "values")):
-            arrays[f"{moment}.{name}"] = optimizer.param_groups[0][jittor_name][i].numpy()
-    return arrays
+            for name, value in zip(group["names"], group[jittor_name]):
+                moments[f"{moment}.{name}"] = value
+    return moments
 
 
-def save_checkpoint(path, model, optimizer, run):
-    """Write model, moments and `run` (a dict that JSON can hold) to `path`."""
+def optimizer_arrays(optimizer):
+    """AdamW's moments, {"exp_avg.<name>" and "exp_avg_sq.<name>": NumPy array}."""
+    return {key: value.numpy() for key, value in moments_of(optimizer).items()}
+
+
+def save_checkpoint(path, model, optimizer, ema, run):
+    """Write model, moments, averaged weights, if any, and `run` (for JSON) to `path`."""
     arrays = {f"model.{key}": value for key, value in model_arrays(model).items()}
-    moments = optimizer_arrays(model, optimizer)
+    moments = optimizer_arrays(optimizer)
     arrays |= {f"optimizer.{key}": value for key, value in moments.items()}
+    if ema:
+        arrays |= {f"ema.{key}": value for key, value in model_arrays(ema.module).items()}
     for key, value in arrays.items():
         # safetensors wants contiguous arrays; the reshape keeps a scalar () from becoming (1,).
         arrays[key] = np.ascontiguousarray(value).reshape(value.shape)
@@ -191,13 +200,12 @@ def right_model(arrays):
     return f"give --model {variant}" if variant else "it is none of the variants that --model takes"
 
 
-def load_optimizer(model, optimizer, arrays, step, path):
+def load_optimizer(optimizer, arrays, step, path):
     """Load AdamW's moments and set its step count."""
     optimizer.n_step = step
-    for i, (name, parameter) in enumerate(trainable(model).items()):
-        for moment, jittor_name in (("exp_avg", "m"), ("exp_avg_sq", "values")):
-            value = arrays.get(f"{moment}.{name}")
-            if value is None or value.shape != tuple(parameter.shape):
-                lack = f"{path} lacks the optimizer's {moment} of {name}"
-                raise InputError(f"{lack}; it cannot be resumed, use --init")
-            optimizer.param_groups[0][jittor_name][i].update(jt.array(value))
+    for key, moment in moments_of(optimizer).items():
+        value = arrays.get(key)
+        if value is None or value.shape != tuple(moment.shape):
+            lack = f"{path} lacks the optimizer's {key}"
+            raise InputError(f"{lack}; it cannot be resumed, use --init")
+        moment.update(jt.array(value))

@@ -124,7 +124,8 @@ class ContMixBlock(nn.Module):
         )
         self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value)
         self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path1 = DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
         small, large = 2 * smk_size - 1, 2 * kernel_size - 1
         self.rpb1 = jt.zeros(self.num_heads, small, small)
         self.rpb2 = jt.zeros(self.num_heads, large, large)
@@ -143,15 +144,15 @@ class ContMixBlock(nn.Module):
         lepe = self.lepe(x)
 
         x = self.se_layer(self.fusion_proj(self.dynamic_conv(x)) + lepe)
-        x = self.add(identity, self.proj(gate * x), self.ls1)
+        x = self.add(identity, self.proj(gate * x), self.ls1, self.drop_path1)
         x = self.dwconv2(x)
-        return self.add(x, self.mlp(self.norm2(x)), self.ls2)
+        return self.add(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)
 
-    def add(self, shortcut, branch, ls):
-        """The residual sum with its LayerScale `ls`, where `res_scale` puts it."""
+    def add(self, shortcut, branch, ls, drop_path):
+        """The residual sum; its LayerScale `ls` stands where `res_scale` puts it."""
         if self.res_scale:
-            return ls(shortcut) + self.drop_path(branch)
-        return shortcut + self.drop_path(ls(branch))
+            return ls(shortcut) + drop_path(branch)
+        return shortcut + drop_path(ls(branch))
 
     def dynamic_conv(self, x):
         """ContMix of x (B, dim, H, W), with kernels made from x."""

@@ -1,6 +1,8 @@
 """The layers that OverLoCK is built of. Shapes are (B, C, H, W) unless a comment says otherwise."""
 
+import numpy as np
 from .aligned.functions import GRNFunction, LayerNormFunction, convolve
+from .aligned.launch import cast
 from .aligned.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, sum_of_branches
 from .aligned.nn import FusedSequential as Sequential
 from .aligned.start import jt, nn
@@ -20,17 +22,26 @@ DILATED_BRANCHES = {
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops a sample's whole branch with probability `drop_prob`."""
+    """Stochastic depth: in training, drops a sample's whole branch with probability `drop_prob`.
+
+    NumPy draws, so both frameworks drop the same: by `seed`, a list of numbers, where it is set
+    (OverLoCK.seed_drop_path), else by NumPy's global generator. timm's arithmetic.
+    """
 
     def __init__(self, drop_prob):
         super().__init__()
         self.drop_prob = drop_prob
+        self.seed = None
 
     def execute(self, x):
         if not self.training or self.drop_prob == 0:
             return x
-        keep = (jt.rand(x.shape[0], 1, 1, 1) >= self.drop_prob).cast(x.dtype)
-        return x * keep / (1 - self.drop_prob)
+        # Drawn anew from the seed, not from a generator that goes on: a block that is computed
+        # twice, for gradient checkpointing, drops the same.
+        draw = np.random.random if self.seed is None else np.random.default_rng(self.seed).random
+        keep = draw(x.shape[0]) >= self.drop_prob
+        scale = (keep / (1 - self.drop_prob)).astype(np.float32).reshape(-1, 1, 1, 1)
+        return x * cast(jt.array(scale), x.dtype)
 
 
 class SEModule(nn.Module):

@@ -1,4 +1,4 @@
-"""Train OverLoCK on TinyImageNet in Jittor.
+"""Train OverLoCK in Jittor, on TinyImageNet or on images of your own.
 
 `python jittor_impl/train.py -b 64` is the published experiment. It writes log.csv, log.txt,
 last.safetensors and best.safetensors into --output (logs/). torch_impl/train.py is the same program
@@ -7,10 +7,12 @@ in PyTorch: the same options, weights, batches and files.
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,34 @@ from . import models
 from .aligned.functions import cross_entropy
 from .aligned.optim import AdamW
 from .aligned.start import jt
-from .checkpoint import load_model, load_optimizer, read_checkpoint, save_checkpoint, trainable
-from .dataset import load
+from .checkpoint import (
+    load_model,
+    load_optimizer,
+    model_arrays,
+    read_checkpoint,
+    save_checkpoint,
+    trainable,
+)
+from .dataset import PUBLISHED, Crops, find_classes, is_tiny_imagenet, load
+from .ema import ModelEma
 from .errors import InputError
 from .export import export
+from .loader import default_workers
 from .program import ArgumentParser, add_device_options, choose_device, number, run_program
 from .progress import Progress, say
+from .recipe import (
+    TINY,
+    add_recipe_options,
+    choose_recipe,
+    images_per_step,
+    learning_rate,
+    mixup,
+    parameter_groups,
+    recipe,
+    settle_recipe,
+    total_epochs,
+    train_transform,
+)
 from .run_files import RunFiles, epoch_line
 from .weights import is_merged
 
@@ -39,14 +63,15 @@ SUFFIX = ""
 # A resumed run continues the stopped one only if these are the same.
 RUN_ARGUMENTS = (
     *("model", "num_classes", "train_per_class", "val_per_class", "batch_size"),
-    *("aux_loss_ratio", "lr", "weight_decay", "seed"),
+    *("aux_loss_ratio", "seed", "grad_accumulation", *TINY),
 )
 
 
-def make_parser():
+def make_parser(defaults=TINY):
+    """The options of train.py; `defaults` are those of a recipe."""
     parser = ArgumentParser(
         prog="train.py",
-        description=f"Train OverLoCK on TinyImageNet in {FRAMEWORK}.",
+        description=f"Train OverLoCK in {FRAMEWORK}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -54,14 +79,13 @@ def make_parser():
     data_dir = ROOT / "data" / "tiny-imagenet-200"
     add("-b", "--batch-size", type=count, default=64, help="images per step")
     add("--aux-loss-ratio", type=number(float, 0), default=0.4, help="weight of the auxiliary loss")
-    add("--epochs", type=count, default=20, help="epochs in all, those before --resume included")
-    add("--lr", type=number(float, 0, True), default=1e-3, help="learning rate of AdamW, constant")
-    add("--weight-decay", type=number(float, 0), default=0.01, help="weight decay of AdamW")
     add("--model", choices=sorted(models.VARIANTS), default="overlock_xxt", help="variant")
-    add("--data-dir", type=Path, default=data_dir, help="a folder laid out like TinyImageNet")
-    add("--num-classes", type=count, default=20, help="use the first classes in sorted order")
-    add("--train-per-class", type=count, default=500, help="training images of each class")
-    add("--val-per-class", type=count, default=50, help="validation images of each class")
+    folder = "a folder with train/ and val/ of class folders, or TinyImageNet"
+    add("--data-dir", type=Path, default=data_dir, help=folder)
+    first = "use the first ones; None: all, of TinyImageNet"
+    add("--num-classes", type=count, help=f"classes, in sorted order: {first} {PUBLISHED[0]}")
+    add("--train-per-class", type=count, help=f"training images of each: {first} {PUBLISHED[1]}")
+    add("--val-per-class", type=count, help=f"validation images of each: {first} {PUBLISHED[2]}")
     add("--seed", type=seed, default=0, help="of initial weights, order of images and flips")
     add("--output", type=Path, default=ROOT / "logs", help="folder for logs and checkpoints")
     add("--init", **path, help="start from these weights: ours, official, timm's")
@@ -75,16 +99,24 @@ def make_parser():
     add("--use-ema", action="store_true", help="take a checkpoint's averaged weights (EMA)")
     add_device_options(parser)
     add("--no-progress", action="store_true", help="print one line per epoch and nothing between")
+    add_recipe_options(parser)
+    ahead = "processes that read images ahead of the step (with --img-size)"
+    add("--workers", type=number(int, 0), default=default_workers(), help=ahead)
+    cache = "memory for decoded images (with --img-size); None: a quarter of the machine's"
+    add("--cache-gib", type=number(float, 0), help=cache)
+    parser.set_defaults(**defaults)
     return parser
 
 
 def parse_args():
-    parser = make_parser()
+    parser = make_parser(choose_recipe())
     args = parser.parse_args()
     if sum(option is not None for option in (args.init, args.resume, args.evaluate)) > 1:
         parser.error("--init, --resume and --evaluate exclude one another; give one of them")
     if args.export and not args.init:
         parser.error("--export needs the checkpoint to export; give it with --init")
+    if args.use_ema and args.resume:
+        parser.error("--use-ema is not for --resume, which continues from both; leave it out")
     if args.merge and not args.export:
         parser.error("--merge is for --export alone; evaluation and predict.py merge by themselves")
     return args
@@ -92,18 +124,26 @@ def parse_args():
 
 def resume_command(args):
     """The command that continues the run of `args` after it was stopped."""
-    parser, words = make_parser(), [sys.executable, sys.argv[0]]
+    parser, words = make_parser(recipe(args.recipe, args.model)), [sys.executable, sys.argv[0]]
     for name, value in vars(args).items():
-        if name in ("init", "resume", "evaluate") or value == parser.get_default(name):
-            continue
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        is_start = name in ("init", "resume", "evaluate", "use_ema")
+        if not is_start and value != parser.get_default(name):
+            words += option_words(name, value)
     return shlex.join([*words, "--resume"])
+
+
+def option_words(name, value):
+    """How the command line gives an option: ["--lr", "0.1"], ["--no-bias-decay"]."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    return [f"--{option}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
 
 
 def make_model(args, merged=False):
     """The model of `args`, with its initial weights, on args.device; `merged`: its branches."""
     variant = models.VARIANTS[args.model]
-    of_args = dict(num_classes=args.num_classes, seed=args.seed)
+    of_args = dict(num_classes=args.num_classes, seed=args.seed, drop_path_rate=args.drop_path)
     model = models.OverLoCK(**variant, **of_args, deploy=merged)
     return model
 
@@ -111,28 +151,50 @@ def make_model(args, merged=False):
 def make_optimizer(model, args):
     """AdamW with every hyper-parameter spelled out: the frameworks' defaults differ."""
     numbers = dict(lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay)
-    return AdamW(list(trainable(model).values()), **numbers)
+    parameters = trainable(model)
+    groups = parameter_groups({name: p.shape for name, p in parameters.items()}, args)
+    for group in groups:
+        group["params"] = [parameters[name] for name in group["names"]]
+        group["lr"] = args.lr * group["lr_scale"]
+    return AdamW(groups, **numbers)
 
 
 def losses(output, labels, args):
-    """The loss that is trained, main + ratio * aux, and both parts of it; labels (n,)."""
-    labels = jt.array(labels.astype(np.int32))  # Jittor indexes with 32 bits
+    """The loss that is trained, main + ratio * aux, and both parts of it.
+
+    labels (n,), or targets (n, classes).
+    """
+    # Jittor indexes with 32 bits.
+    labels = jt.array(labels.astype(np.int32) if labels.ndim == 1 else labels)
     main = cross_entropy(output["main"], labels)
     aux = cross_entropy(output["aux"], labels)
     return main + args.aux_loss_ratio * aux, main, aux
 
 
-def training_step(model, optimizer, images, labels, args):
+def training_step(model, optimizer, images, labels, args, step=1):
     """One step of AdamW on a batch of NumPy arrays, images (n, 3, H, W) and labels (n,).
 
-    Returns the main and the auxiliary loss before the step, as numbers.
+    Or targets (n, classes). In args.grad_accumulation parts of args.batch_size, one after another;
+    `step`, counted from 1, draws the drop path. Returns the main and the auxiliary loss before the
+    step, as numbers.
     """
-    images = jt.array(images)
-    loss, main, aux = losses(model(images), labels, args)
-    optimizer.step(loss)
-    # Jittor is lazy: run the whole step now, not the forward half at the first item()
-    jt.sync_all()
-    return main.item(), aux.item()
+    if args.drop_path:
+        model.seed_drop_path(args.seed, step)
+    parts = []
+    for start in range(0, len(images), args.batch_size):
+        part = slice(start, start + args.batch_size)
+        share = len(labels[part]) / len(labels)
+        if start:  # Jittor is lazy: compute the part before, whose memory this one then takes
+            jt.sync_all()
+        loss, main, aux = losses(model(jt.array(images[part])), labels[part], args)
+        optimizer.backward(loss * share)
+        parts.append((main, aux, share))
+    if args.clip_grad:
+        optimizer.clip_grad_norm(args.clip_grad)
+    optimizer.step()
+    jt.sync_all()  # the whole step now, not the forward half at the first item()
+    main = sum(main.item() * share for main, _, share in parts)
+    return main, sum(aux.item() * share for _, aux, share in parts)
 
 
 def diverged(what, epoch, step):
@@ -141,18 +203,27 @@ def diverged(what, epoch, step):
     return InputError(f"{what} in epoch {epoch}, step {step}; start anew with a lower --lr{kept}")
 
 
-def train_one_epoch(model, optimizer, data, args, epoch):
+def steps_per_epoch(data, args):
+    return -(-len(data) // images_per_step(args))
+
+
+def train_one_epoch(model, optimizer, ema, data, args, epoch):
     """One pass over `data`. Returns the losses' means over its images, as the log names them."""
     model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(args, epoch) * group["lr_scale"]
     total_main = total_aux = seen = 0
-    title = f"epoch {epoch}/{args.epochs}"
-    with Progress(title, len(data), not args.no_progress) as progress:
-        batches = data.batches(args.batch_size, args.seed, epoch)
+    title = f"epoch {epoch}/{total_epochs(args)}"
+    steps_before = (epoch - 1) * steps_per_epoch(data, args)
+    batches = closing(data.batches(images_per_step(args), args.seed, epoch))
+    with Progress(title, len(data), not args.no_progress) as progress, batches as batches:
         for step, (images, labels) in enumerate(batches, 1):
-            main, aux = training_step(model, optimizer, images, labels, args)
+            main, aux = training_step(model, optimizer, images, labels, args, steps_before + step)
             loss = main + args.aux_loss_ratio * aux
             if not np.isfinite(loss):
                 raise diverged(f"the loss is {loss}", epoch, step)
+            if ema:
+                ema.update(model)
             n = len(labels)
             total_main, total_aux, seen = total_main + main * n, total_aux + aux * n, seen + n
             progress.update(n, loss)
@@ -187,18 +258,22 @@ def check_resumable(run, args, path):
     if not run:
         raise InputError(f"{path} has weights only; use it with --init")
     for name in RUN_ARGUMENTS:
-        if run["args"].get(name) != getattr(args, name):
-            started = f"--{name.replace('_', '-')} {run['args'].get(name)}"
-            remedy = "give that too, or start anew with --init"
-            raise InputError(f"the run in {path} was started with {started}; {remedy}")
-    if run["epoch"] >= args.epochs:
+        # Checkpoints of before there were recipes lack their options. A cosine bends at its end.
+        started = run["args"].get(name, TINY.get(name, 1))
+        may_differ = name == "epochs" and args.sched == "constant"
+        if started != json.loads(json.dumps(getattr(args, name))) and not may_differ:
+            given, remedy = shlex.join(option_words(name, started)), "give that too"
+            raise InputError(
+                f"the run in {path} was started with {given}; {remedy}, or start anew with --init"
+            )
+    if run["epoch"] >= total_epochs(args):
         done = f"has done its {run['epoch']} epochs"
         raise InputError(f"the run in {path} {done}; give a larger --epochs to go on")
 
 
 def check_last_batch(train, batch_size):
     """BatchNorm needs two values per channel: refuse a last batch of one pixel at stride 32."""
-    pixels = int(np.prod([-(-size // 32) for size in train.images.shape[1:3]]))
+    pixels = int(np.prod([-(-size // 32) for size in train.image_shape[:2]]))
     if (len(train) - 1) % batch_size == 0 and pixels == 1:
         raise InputError(
             "the last batch would be a single small image, too little for BatchNorm; "
@@ -206,10 +281,28 @@ def check_last_batch(train, batch_size):
         )
 
 
+def settle_data(args):
+    """Fill in which classes and images are used where args leave it open; None is all."""
+    published = PUBLISHED if is_tiny_imagenet(args.data_dir) else (None, None, None)
+    for name, count in zip(("num_classes", "train_per_class", "val_per_class"), published):
+        if getattr(args, name) is None:
+            setattr(args, name, count)
+    if args.num_classes is None:
+        args.num_classes = len(find_classes(args.data_dir))
+
+
 def load_data(args, train_per_class):
     """The training split, None for train_per_class=0, and the validation split."""
-    shown = not args.no_progress
-    return load(args.data_dir, args.num_classes, train_per_class, args.val_per_class, shown)
+    crops, cache = None, args.cache_gib
+    if args.img_size is not None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        cache = memory // 4 if cache is None else int(cache * 2**30)
+        crops = Crops(args.img_size, args.crop_pct, train_transform(args), args.workers, cache)
+    counts = args.num_classes, train_per_class, args.val_per_class
+    train, val = load(args.data_dir, *counts, not args.no_progress, crops)
+    if train:
+        train.hflip, train.mixup = args.hflip, mixup(args)
+    return train, val
 
 
 def check_classes(run, val, args, path):
@@ -229,6 +322,9 @@ def evaluate_checkpoint(args):
     """What --evaluate does: say how good the checkpoint is."""
     path = args.evaluate
     arrays, _, run, notes = read_checkpoint(path, args.use_ema)
+    if run and args.img_size is None:  # as it was trained
+        args.img_size = run["args"].get("img_size")
+        args.crop_pct = run["args"].get("crop_pct", args.crop_pct)
     _, val = load_data(args, train_per_class=0)
     model = make_model(args, is_merged(arrays))
     load_model(model, arrays, path)
@@ -245,8 +341,8 @@ def evaluate_checkpoint(args):
 def start(args, files, device_name):
     """Everything before the first epoch: data, model, optimizer, logs, by --init or --resume.
 
-    Returns model, optimizer, training and validation split, and `run`, what checkpoints keep beside
-    the weights; run["history"] are the epochs that are done.
+    Returns model, optimizer, averaged weights or None, training and validation split, and `run`,
+    what checkpoints keep beside the weights; run["history"] are the epochs that are done.
     """
     source = args.resume or args.init
     arrays, moments, run, notes = {}, {}, {}, []
@@ -258,15 +354,19 @@ def start(args, files, device_name):
     model = make_model(args, is_merged(arrays))
     kept = load_model(model, arrays, source, keep_classifier=source == args.init) if source else []
     check_last_batch(train, args.batch_size)
-    optimizer = make_optimizer(model, args)
-    data = {"classes": train.classes, "image_shape": list(train.images.shape[1:])}
+    optimizer, ema = make_optimizer(model, args), None
+    if args.ema_decay:
+        ema = ModelEma(make_model(args, is_merged(arrays)), args.ema_decay)
+        averaged = read_checkpoint(source, use_ema=True).arrays if args.resume else None
+        load_model(ema.module, averaged or model_arrays(model), source)
+    data = {"classes": train.classes, "image_shape": list(train.image_shape)}
     history = []
     if args.resume:
         if run["data"] != data:
             other = f"other classes or image sizes than {args.data_dir} has"
             remedy = "give the right --data-dir"
             raise InputError(f"the run in {source} was trained on {other}; {remedy}")
-        load_optimizer(model, optimizer, moments, run["step"], source)
+        load_optimizer(optimizer, moments, run["step"], source)
         history = run["history"]
     if not args.resume or source.resolve() != files.last.resolve():
         files.set_aside()
@@ -281,7 +381,7 @@ def start(args, files, device_name):
         f"{args.model}, {parameters:,} parameters; {len(train)} training and {len(val)} validation "
         f"images of {args.num_classes} classes: {' '.join(train.classes)}"
     )
-    for note in notes:
+    for note in notes if source == args.init else ():
         files.log(note)
     if is_merged(arrays) and not args.resume:
         lower = "upstream found the accuracy somewhat lower than from branches"
@@ -291,46 +391,60 @@ def start(args, files, device_name):
         names = kept if kept[0] in arrays else dict.fromkeys(key.partition(".")[0] for key in kept)
         files.log(f"{source} {reason}; left at their initial values: {', '.join(names)}")
     if args.resume:
-        files.log_history(history, args.epochs)
+        files.log_history(history, total_epochs(args))
         files.log(f"resumed from {source} after epoch {run['epoch']}")
     files.write_csv(history)
-    return model, optimizer, train, val, dict(args=arguments, data=data, history=history)
+    return model, optimizer, ema, train, val, dict(args=arguments, data=data, history=history)
 
 
-def fit(model, optimizer, train, val, run, args, files):
+def fit(model, optimizer, ema, train, val, run, args, files):
     """The epochs left. After each, last.safetensors, the logs and perhaps best.safetensors."""
     history = run["history"]
-    steps_per_epoch = -(-len(train) // args.batch_size)
-    best = max((row["acc_top1"] for row in history), default=-1)
-    for epoch in range(len(history) + 1, args.epochs + 1):
+    best = max(map(best_top1, history), key=lambda best: best[0], default=(-1, ""))
+    for epoch in range(len(history) + 1, total_epochs(args) + 1):
         begin = time.perf_counter()
-        row = train_one_epoch(model, optimizer, train, args, epoch)
+        row = train_one_epoch(model, optimizer, ema, train, args, epoch)
         images_per_second = len(train) / (time.perf_counter() - begin)
         row |= evaluate(model, val, args)
+        if ema:
+            averaged = evaluate(ema.module, val, args)
+            row |= {f"{name}_ema": value for name, value in averaged.items()}
         minutes = (time.perf_counter() - begin) / 60
         row |= dict(epoch_time=minutes, images_per_second=images_per_second, epoch=epoch)
         if not np.isfinite(row["val_loss"]):
             what = f"the validation loss is {row['val_loss']}"
-            raise diverged(what, epoch, steps_per_epoch)
+            raise diverged(what, epoch, steps_per_epoch(train, args))
         history.append(row)
-        is_best, best = row["acc_top1"] > best, max(best, row["acc_top1"])
-        state = dict(epoch=epoch, step=epoch * steps_per_epoch, best_top1=best, **run)
+        is_best = best_top1(row)[0] > best[0]
+        best = best_top1(row) if is_best else best
+        step = epoch * steps_per_epoch(train, args)
+        state = dict(epoch=epoch, step=step, best_top1=best[0], **run)
         if is_best:
-            save_checkpoint(files.best, model, optimizer, state)
+            save_checkpoint(files.best, model, optimizer, ema, state)
         # It holds the history, so whatever is written after it can be made again from it.
-        save_checkpoint(files.last, model, optimizer, state)
+        save_checkpoint(files.last, model, optimizer, ema, state)
         files.write_csv(history)
-        files.log(epoch_line(row, args.epochs))
+        files.log(epoch_line(row, total_epochs(args)))
     written = " and ".join(path.name for path in (files.last, files.best) if path.exists())
-    files.log(f"best top-1 {best:.4f}; checkpoints {written} in {files.output}")
+    files.log(f"best top-1 {best[0]:.4f}{best[1]}; checkpoints {written} in {files.output}")
+
+
+def best_top1(row):
+    """The better top-1 of an epoch, and what the log says if the averaged weights have it."""
+    averaged = row.get("acc_top1_ema", -1)
+    if averaged > row["acc_top1"]:
+        return averaged, " of the averaged weights, which --use-ema takes"
+    return row["acc_top1"], ""
 
 
 def run_training(args, files):
     device_name = choose_device(args)
-    if args.evaluate:
-        return evaluate_checkpoint(args)
     if args.export:
         return export(args)
+    settle_recipe(args)
+    settle_data(args)
+    if args.evaluate:
+        return evaluate_checkpoint(args)
     if args.resume == Path("auto"):
         args.resume = files.last if files.last.exists() else None
     if args.resume == Path():
@@ -340,8 +454,7 @@ def run_training(args, files):
             raise InputError(f"nothing to resume: {files.last} does not exist; {remedy}")
     files.check_writable()
     with files.locked():
-        model, optimizer, train, val, run = start(args, files, device_name)
-        fit(model, optimizer, train, val, run, args, files)
+        fit(*start(args, files, device_name), args, files)
 
 
 def main():

@@ -1,6 +1,7 @@
 """Checkpoints: safetensors files, the same keys in both frameworks: either loads the other's.
 
-Keys: model.<state-dict key>, optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter>.
+Keys: model.<state-dict key>, optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter>, and,
+where weights are averaged, ema.<state-dict key>.
 Metadata "run", JSON: epoch (epochs done), step (optimizer steps done), best_top1, args, data
 (classes and image shape), history (rows of the log).
 """
@@ -31,20 +32,30 @@ def model_arrays(model):
     return {key: value.detach().cpu().numpy().copy() for key, value in model.state_dict().items()}
 
 
-def optimizer_arrays(model, optimizer):
+def moments_of(optimizer):
+    """AdamW's moments, {"exp_avg.<name>" and "exp_avg_sq.<name>": tensor}; zeros at first."""
+    moments = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"]):
+            state = optimizer.state[parameter]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                # In the parameter's memory layout: a resumed step then runs the same arithmetic.
+                moments[f"{moment}.{name}"] = state.setdefault(moment, torch.zeros_like(parameter))
+    return moments
+
+
+def optimizer_arrays(optimizer):
     """AdamW's moments, {"exp_avg.<name>" and "exp_avg_sq.<name>": NumPy array}."""
-    arrays = {}
-    for name, parameter in trainable(model).items():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            arrays[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().numpy()
-    return arrays
+    return {key: value.cpu().numpy() for key, value in moments_of(optimizer).items()}
 
 
-def save_checkpoint(path, model, optimizer, run):
-    """Write model, moments and `run` (a dict that JSON can hold) to `path`."""
+def save_checkpoint(path, model, optimizer, ema, run):
+    """Write model, moments, averaged weights, if any, and `run` (for JSON) to `path`."""
     arrays = {f"model.{key}": value for key, value in model_arrays(model).items()}
-    moments = optimizer_arrays(model, optimizer)
+    moments = optimizer_arrays(optimizer)
     arrays |= {f"optimizer.{key}": value for key, value in moments.items()}
+    if ema:
+        arrays |= {f"ema.{key}": value for key, value in model_arrays(ema.module).items()}
     for key, value in arrays.items():
         # safetensors wants contiguous arrays; the reshape keeps a scalar () from becoming (1,).
         arrays[key] = np.ascontiguousarray(value).reshape(value.shape)
@@ -181,16 +192,13 @@ def right_model(arrays):
     return f"give --model {variant}" if variant else "it is none of the variants that --model takes"
 
 
-def load_optimizer(model, optimizer, arrays, step, path):
+def load_optimizer(optimizer, arrays, step, path):
     """Load AdamW's moments and set its step count."""
-    for name, parameter in trainable(model).items():
-        state = {"step": torch.tensor(float(step))}
-        for moment in ("exp_avg", "exp_avg_sq"):
-            value = arrays.get(f"{moment}.{name}")
-            if value is None or value.shape != tuple(parameter.shape):
-                lack = f"{path} lacks the optimizer's {moment} of {name}"
-                raise InputError(f"{lack}; it cannot be resumed, use --init")
-            # In the parameter's own memory layout: a resumed step then runs the same arithmetic.
-            state[moment] = torch.empty_like(parameter, requires_grad=False)
-            state[moment].copy_(torch.from_numpy(value))
-        optimizer.state[parameter] = state
+    for key, moment in moments_of(optimizer).items():
+        value = arrays.get(key)
+        if value is None or value.shape != tuple(moment.shape):
+            lack = f"{path} lacks the optimizer's {key}"
+            raise InputError(f"{lack}; it cannot be resumed, use --init")
+        moment.copy_(torch.from_numpy(value))
+    for state in optimizer.state.values():
+        state["step"] = torch.tensor(float(step))

@@ -1,6 +1,7 @@
-"""TinyImageNet in memory: read once, checked before training, then batches by seed and epoch.
+"""The data set: found and checked before training, then batches by seed and epoch.
 
-Other data sets of images in class folders are read in the same way. Nothing here depends on a
+TinyImageNet, or images in class folders. Those of one size are kept in memory as they are; with
+--img-size, photographs of any size are cropped anew in each epoch. Nothing here depends on a
 framework: both implementations get the same NumPy arrays, bit by bit.
 """
 
@@ -8,20 +9,63 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from .errors import InputError
-from .images import SUFFIXES, decode, images_in, listed, normalise, size
+from .images import (
+    SUFFIXES,
+    centre_crop,
+    count_bytes,
+    decode,
+    decode_each,
+    decode_one,
+    images_in,
+    listed,
+    normalise,
+    size,
+)
+from .loader import Loader
 
 PREPARE = Path(__file__).resolve().parent.parent / "data" / "prepare.py"
+# TinyImageNet's part in the published experiment: classes, training and validation images of each.
+PUBLISHED = 20, 500, 50
+# What is drawn by (seed, epoch, image or batch, one of these); the order of images by seed, epoch.
+TRANSFORM, ERASING, MIXUP = 1, 2, 3
+
+
+def shuffled(count, seed, epoch, hflip):
+    """The order of `count` images in an epoch, and which are flipped left to right.
+
+    By NumPy's default_rng([seed, epoch]); in order, unflipped, without a seed.
+    """
+    if seed is None:
+        return np.arange(count), np.zeros(count, bool)
+    generator, flip = np.random.default_rng([seed, epoch]), np.zeros(count, bool)
+    order = generator.permutation(count)
+    flip[order] = generator.random(count) < hflip
+    return order, flip
+
+
+class Crops(NamedTuple):
+    """How photographs of any size become images of one size, and who reads them."""
+
+    img_size: int  # their side
+    crop_pct: float  # in evaluation: the share of the resized image that is cut out
+    transform: object  # augment.TrainTransform of training images; None: as in evaluation
+    workers: int  # processes that read them
+    cache_bytes: int  # memory in which decoded photographs may be kept
 
 
 class TinyImageNet:
-    """One split of the data set.
+    """One split of the data set, in memory.
 
     `images` (N, H, W, 3) uint8, `labels` (N,) int64, `classes` the names of the class folders
-    (TinyImageNet: WordNet ids) in sorted order.
+    (TinyImageNet: WordNet ids) in sorted order. In training images are flipped with probability
+    `hflip`, and `mixup`, an augment.Mixup, mixes batches, if it is set.
     """
+
+    hflip, mixup, transform = 0.5, None, None
 
     def __init__(self, paths, labels, classes, progress):
         self.images = decode(paths, progress)
@@ -31,31 +75,91 @@ class TinyImageNet:
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def image_shape(self):
+        return self.images.shape[1:]
+
     def batches(self, batch_size, seed=None, epoch=None):
-        """Yield images (n, 3, H, W) float32, normalised, and labels (n,).
+        """Yield images (n, 3, H, W) float32, normalised, and labels (n,) or targets (n, classes).
 
-        With a seed: shuffled, half of the images flipped left to right, by NumPy's
-        default_rng([seed, epoch]). Without: in order, unflipped. The last batch may be smaller.
+        Those of training with a seed: shuffled, flipped, augmented. Without: in order, as they are.
+        What an image looks like depends on seed, epoch and its place in the data set alone. The
+        last batch may be smaller.
         """
-        order = np.arange(len(self))
-        flip = np.zeros(len(self), bool)
-        if seed is not None:
-            generator = np.random.default_rng([seed, epoch])
-            order = generator.permutation(len(self))
-            flip = generator.random(len(self)) < 0.5
-        for start in range(0, len(self), batch_size):
-            images = self.images[order[start : start + batch_size]]  # (n, H, W, 3)
-            flipped = flip[start : start + batch_size]
+        order, _ = shuffled(len(self), seed, epoch, self.hflip)
+        places = [order[start : start + batch_size] for start in range(0, len(self), batch_size)]
+        for number, images in enumerate(self.pixels(places, seed, epoch)):
+            labels = self.labels[places[number]]
+            # As the official training does: mixed as pixels, then normalised, then erased.
+            if seed is not None and self.mixup:
+                generator = np.random.default_rng([seed, epoch, number, MIXUP])
+                images, labels = self.mixup(images, labels, generator)
+            images = normalise(images)
+            if seed is not None and self.transform:
+                for image, index in zip(images, places[number].tolist()):
+                    generator = np.random.default_rng([seed, epoch, index, ERASING])
+                    self.transform.erase(image, generator)
+            yield images, labels
+
+    def pixels(self, places, seed, epoch):
+        """Yield the images (n, H, W, 3) uint8 at each of `places`, arrays of n indices."""
+        _, flip = shuffled(len(self), seed, epoch, self.hflip)
+        for place in places:
+            images = self.images[place]
+            flipped = flip[place]
             images[flipped] = images[flipped, :, ::-1]
-            yield normalise(images), self.labels[order[start : start + batch_size]]
+            yield images
 
 
-def load(data_dir, num_classes, train_per_class, val_per_class, progress=True):
+class ImageFolder(TinyImageNet):
+    """One split of photographs of any size, cropped when they are needed, as `crops` says.
+
+    Without a transform training images are cut as validation images are, and flipped.
+    `cached`: whether they are decoded now, and not whenever they are needed.
+    """
+
+    def __init__(self, paths, labels, classes, progress, crops, cached):
+        self.labels = np.array(labels, np.int64)
+        self.classes = classes
+        self.crops, self.transform = crops, crops.transform
+        self.photos = list(decode_each(paths, progress, upright=True)) if cached else paths
+        self.loader = Loader(self.read, self.image_shape, crops.workers)
+
+    @property
+    def image_shape(self):
+        return self.crops.img_size, self.crops.img_size, 3
+
+    def read(self, index, seed=None, epoch=None, flipped=False):
+        """The image at `index` as it is in an epoch, or in evaluation, (H, W, 3) uint8."""
+        photo = self.photos[index]
+        photo = photo if isinstance(photo, np.ndarray) else decode_one(photo, upright=True)
+        if seed is not None and self.transform:
+            generator = np.random.default_rng([seed, epoch, index, TRANSFORM])
+            return self.transform.augment(photo, generator)
+        image = centre_crop(photo, self.crops.img_size, self.crops.img_size, self.crops.crop_pct)
+        return image[:, ::-1] if flipped else image
+
+    def pixels(self, places, seed, epoch):
+        """Yield the images (n, H, W, 3) uint8 at each of `places`, arrays of n indices."""
+        _, flip = shuffled(len(self), seed, epoch, self.hflip)
+        return self.loader.batches(
+            [[(index, seed, epoch, flip[index]) for index in place.tolist()] for place in places]
+        )
+
+
+def is_tiny_imagenet(data_dir):
+    """Whether a folder has TinyImageNet's lists, not class folders alone."""
+    lists = data_dir / "wnids.txt", data_dir / "val" / "val_annotations.txt"
+    return any(path.exists() for path in lists)
+
+
+def load(data_dir, num_classes, train_per_class, val_per_class, progress=True, crops=None):
     """Read the first `num_classes` classes, in sorted order, of a folder with train/ and val/.
 
-    Of each class, the first `train_per_class` and `val_per_class` images: by name, or as annotated
-    where validation images lie flat. Returns the training split, None for train_per_class=0, and
-    the validation split. Raises InputError, naming the file.
+    Of each class, the first `train_per_class` and `val_per_class` images, None for all: by name, or
+    as annotated where validation images lie flat. Without `crops` all must have one size. Returns
+    the training split, None for train_per_class=0, and the validation split. Raises InputError,
+    naming the file.
     """
     data_dir = Path(data_dir)
     train_dir, val_dir = data_dir / "train", data_dir / "val"
@@ -82,17 +186,26 @@ def load(data_dir, num_classes, train_per_class, val_per_class, progress=True):
     check_counts(training, train_per_class, f"training images in {train_dir}", "train", data_dir)
     check_counts(validation, val_per_class, f"validation images in {val_dir}", "val", data_dir)
 
-    splits = []
+    splits, room = [], crops.cache_bytes if crops else 0
     try:
         for images_by_class, count in ((training, train_per_class), (validation, val_per_class)):
-            paths = [path for images in images_by_class.values() for path in images[:count]]
-            labels = [label for label in range(num_classes) for _ in range(count)]
-            splits.append(TinyImageNet(paths, labels, classes, progress) if paths else None)
+            taken = [images[:count] for images in images_by_class.values()]
+            paths = [path for images in taken for path in images]
+            labels = [label for label, images in enumerate(taken) for _ in images]
+            if not paths:
+                splits.append(None)
+            elif crops is None:
+                splits.append(TinyImageNet(paths, labels, classes, progress))
+            else:
+                needed = count_bytes(paths)
+                cached = needed <= room
+                room -= needed if cached else 0
+                splits.append(ImageFolder(paths, labels, classes, progress, crops, cached))
         train, val = splits
-        if train and train.images.shape[1:] != val.images.shape[1:]:
+        if train and train.image_shape != val.image_shape:
             raise InputError(
                 f"{data_dir}: training images are {size(train.images[0])} pixels, validation "
-                f"images {size(val.images[0])}; resize them to one size"
+                f"images {size(val.images[0])}; resize them to one size, or give --img-size"
             )
     except InputError as error:
         raise InputError(f"{error}{advice('to check every file', data_dir, '--verify')}") from None
@@ -178,9 +291,12 @@ def find_validation(val_dir, classes):
 
 
 def check_counts(images, count, what, option, data_dir):
-    """Raise InputError unless each class has `count` images; `images` is {class: its images}."""
+    """Raise InputError unless each class has `count` images; `images` is {class: its images}.
+
+    None for `count`: at least one.
+    """
     name = min(images, key=lambda name: len(images[name]))
-    have = len(images[name])
+    have, count = len(images[name]), 1 if count is None else count
     if have < count:
         remedy = f"lower --{option}-per-class to {have}"
         if not have:

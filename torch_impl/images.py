@@ -105,26 +105,45 @@ def decode_one(path, upright=False):
         raise InputError(f"{path} cannot be read ({reason}); replace it") from None
 
 
-def decode(paths, progress):
-    """Read image files -> (N, H, W, 3) uint8; all must have one size."""
-    images = None
+def decode_each(paths, progress, upright=False):
+    """Yield the images in files, in order, decoded in threads; as decode_one otherwise."""
     pool = ThreadPoolExecutor()  # Pillow decodes outside Python's lock
     try:
         hidden = not progress or not sys.stderr.isatty()
         options = dict(desc="reading images", unit="image", leave=False, disable=hidden)
-        bar = tqdm(pool.map(decode_one, paths), total=len(paths), **options)
-        for i, image in enumerate(bar):
-            if images is None:
-                images = np.empty((len(paths), *image.shape), np.uint8)
-            if image.shape != images.shape[1:]:
-                raise InputError(
-                    f"{paths[i]} is {size(image)} pixels, the images before it are "
-                    f"{size(images[0])}; resize it"
-                )
-            images[i] = image
+        images = pool.map(lambda path: decode_one(path, upright), paths)
+        yield from tqdm(images, total=len(paths), **options)
     finally:
         pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
+
+
+def decode(paths, progress):
+    """Read image files -> (N, H, W, 3) uint8; all must have one size."""
+    images = None
+    for i, image in enumerate(decode_each(paths, progress)):
+        if images is None:
+            images = np.empty((len(paths), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            raise InputError(
+                f"{paths[i]} is {size(image)} pixels, the images before it are "
+                f"{size(images[0])}; resize it, or give --img-size"
+            )
+        images[i] = image
     return images
+
+
+def count_bytes(paths):
+    """About how much memory the decoded images in files take, from the sizes of some of them."""
+    some = paths[:: -(-len(paths) // 64)]
+    total = 0
+    for path in some:
+        try:
+            with Image.open(path) as image:
+                total += 3 * image.width * image.height
+        except Exception:
+            decode_one(path)  # says what is wrong
+            raise
+    return total * len(paths) // len(some)
 
 
 def read_photo(path, height, width, crop_pct):

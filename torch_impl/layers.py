@@ -1,5 +1,6 @@
 """The layers that OverLoCK is built of. Shapes are (B, C, H, W) unless a comment says otherwise."""
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Sequential
@@ -20,17 +21,26 @@ DILATED_BRANCHES = {
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops a sample's whole branch with probability `drop_prob`."""
+    """Stochastic depth: in training, drops a sample's whole branch with probability `drop_prob`.
+
+    NumPy draws, so both frameworks drop the same: by `seed`, a list of numbers, where it is set
+    (OverLoCK.seed_drop_path), else by NumPy's global generator. timm's arithmetic.
+    """
 
     def __init__(self, drop_prob):
         super().__init__()
         self.drop_prob = drop_prob
+        self.seed = None
 
     def forward(self, x):
         if not self.training or self.drop_prob == 0:
             return x
-        keep = (torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.drop_prob).to(x.dtype)
-        return x * keep / (1 - self.drop_prob)
+        # Drawn anew from the seed, not from a generator that goes on: a block that is computed
+        # twice, for gradient checkpointing, drops the same.
+        draw = np.random.random if self.seed is None else np.random.default_rng(self.seed).random
+        keep = draw(x.shape[0]) >= self.drop_prob
+        scale = (keep / (1 - self.drop_prob)).astype(np.float32).reshape(-1, 1, 1, 1)
+        return x * torch.from_numpy(scale).to(x.device, x.dtype)
 
 
 class SEModule(nn.Module):

@@ -200,7 +200,8 @@ class DynamicConvBlock(nn.Module):
         )
         self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value)
         self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path1 = DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
         small, large = 2 * smk_size - 1, 2 * kernel_size - 1
         self.rpb1 = nn.Parameter(torch.zeros(self.num_heads, small, small))
         self.rpb2 = nn.Parameter(torch.zeros(self.num_heads, large, large))
@@ -221,9 +222,9 @@ class DynamicConvBlock(nn.Module):
 
         x = self.dynamic_conv(x, x_f)
         x = self.se_layer(self.dyconv_proj(x) + lepe)
-        x = self.ls1(identity) + self.drop_path(self.proj(gate * x))
+        x = self.ls1(identity) + self.drop_path1(self.proj(gate * x))
         x = self.dwconv2(x)
-        x = self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.ls2(x) + self.drop_path2(self.mlp(self.norm2(x)))
         if self.is_last:
             return x, None
         return torch.split(x, self.dims, dim=1)  # (B, dim, H, W), (B, ctx_dim, H, W)
@@ -342,6 +343,12 @@ class OverLoCK(nn.Module):
                 module.weight.data.copy_(torch.from_numpy(weight.astype(np.float32)))
                 if module.bias is not None:
                     module.bias.data.zero_()
+
+    def seed_drop_path(self, *seed):
+        """Let each DropPath draw, until the next call, by these numbers and its own name."""
+        for name, module in self.named_modules():
+            if isinstance(module, DropPath):
+                module.seed = [*seed, crc32(name.encode())]
 
     def reparam(self):
         """Merge the dilated branches of every block; outputs in evaluation mode stay equal."""

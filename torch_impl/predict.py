@@ -45,7 +45,7 @@ def make_parser():
     add("--class-names", type=Path, metavar="FILE", help=names)
     size = f"side of what the network sees (default: as trained by train.py, else {IMG_SIZE})"
     add("--img-size", type=number(int, 1, maximum=8192), help=size)
-    crop = f"share of the side that is cut out (default: 1 if trained by train.py, else {CROP_PCT})"
+    crop = f"share of the side that is cut out (default: as trained by train.py, else {CROP_PCT})"
     add("--crop-pct", type=number(float, 0.01, maximum=1), help=crop)
     add("--topk", type=count, default=5, help="classes to print (default: %(default)s)")
     add("-b", "--batch-size", type=count, default=32, help="images at a time (default: 32)")
@@ -80,10 +80,14 @@ def find_images(paths):
 
 def image_size(run, img_size=None, crop_pct=None):
     """(height, width, crop_pct) of the images that the network takes; `run` of its checkpoint."""
-    height, width = run["data"]["image_shape"][:2] if run else (IMG_SIZE, IMG_SIZE)
+    height, width, crop = IMG_SIZE, IMG_SIZE, CROP_PCT
+    if run:
+        height, width, _ = run["data"]["image_shape"]
+        # Images of one size are not cut.
+        crop = run["args"]["crop_pct"] if run["args"].get("img_size") else 1
     if img_size:
         height = width = img_size
-    return height, width, crop_pct or (1 if run else CROP_PCT)
+    return height, width, crop_pct or crop
 
 
 def class_names(run, count, args):

@@ -39,12 +39,13 @@ def check_new_file(path):
 
 def epoch_line(row, epochs):
     """What the text log says of an epoch, a row of the history."""
+    averaged = f"; EMA top-1 {row['acc_top1_ema']:.4f}" if "acc_top1_ema" in row else ""
     return (
         f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f} "
         f"(main {row['train_loss_main']:.4f}, aux {row['train_loss_aux']:.4f}), "
         f"val loss {row['val_loss']:.4f}, "
         f"top-1 {row['acc_top1']:.4f}, top-5 {row['acc_top5']:.4f}, "
-        f"{row['epoch_time']:.2f} min, {row['images_per_second']:.0f} images/s"
+        f"{row['epoch_time']:.2f} min, {row['images_per_second']:.0f} images/s{averaged}"
     )
 
 
@@ -126,5 +127,7 @@ class RunFiles:
                 self.log(epoch_line(row, epochs))
 
     def write_csv(self, history):
-        rows = [COLUMNS] + [[repr(row[column]) for column in COLUMNS] for row in history]
+        # Further ones, such as those of averaged weights, stand after these.
+        columns = list(dict.fromkeys((*COLUMNS, *(key for row in history for key in row))))
+        rows = [columns] + [[repr(row[column]) for column in columns] for row in history]
         write_atomic(self.csv, "".join(",".join(row) + "\n" for row in rows).encode())

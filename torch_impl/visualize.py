@@ -25,7 +25,7 @@ if not __package__:  # run as a file: the folder around it becomes a package
 from . import figures, models
 from .checkpoint import load_whole_model, model_arrays, read_checkpoint, variant_of
 from .contmix import contmix, mixed_kernels
-from .dataset import find_classes, load
+from .dataset import Crops, find_classes, load
 from .errors import InputError
 from .images import centre_crop, normalise, read_photo
 from .predict import class_names, find_images, image_size, softmax
@@ -101,12 +101,17 @@ def choose_images(model, run, args):
     args.data_dir = args.data_dir or Path(run["args"]["data_dir"])
     args.num_classes = model.num_classes or len(find_classes(args.data_dir))  # of a backbone, all
     count = run["args"]["val_per_class"] if run else VAL_PER_CLASS
-    _, val = load(args.data_dir, args.num_classes, 0, count, not args.no_progress)
+    photographs = not run or run["args"].get("img_size")  # of any size, and read one by one
+    crops = Crops(height, crop_pct, None, 0, 0) if photographs else None
+    _, val = load(args.data_dir, args.num_classes, 0, count, not args.no_progress, crops)
     check_classes(run, val, args, args.checkpoint)
     if args.samples > len(val):
         raise InputError(f"{args.data_dir} has {len(val)} validation images; lower --samples")
     chosen = np.random.default_rng(args.seed).choice(len(val), args.samples, replace=False)
-    images = [centre_crop(image, height, width, crop_pct) for image in val.images[chosen]]
+    if crops:
+        images = [val.read(index) for index in chosen]
+    else:
+        images = [centre_crop(image, height, width, crop_pct) for image in val.images[chosen]]
     return np.stack(images), val.labels[chosen]
 
 

@@ -14,8 +14,17 @@ import numpy as np
 from .launch import cast, check_channels, check_types, has_kernel, launch, on_gpu, run_code
 from .start import jt, nn
 
-# The same as PyTorch's, under PyTorch's names.
-linear, cross_entropy = nn.linear, nn.cross_entropy_loss
+linear = nn.linear  # the same as PyTorch's, under PyTorch's name
+
+
+def cross_entropy(logits, target):
+    """torch.nn.functional.cross_entropy of logits (n, classes), the mean over n.
+
+    target: class indices (n,), or probabilities (n, classes).
+    """
+    if target.ndim == 1:
+        return nn.cross_entropy_loss(logits, target)
+    return -(target * nn.log_softmax(logits, dim=1)).sum(1).mean()
 
 
 def without_gradient():

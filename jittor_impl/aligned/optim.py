@@ -6,6 +6,7 @@ Jittor's own makes six operators of every parameter, and XXT has 524 parameters.
 from functools import cache
 from itertools import groupby
 
+from .foreach import clip_grad_norm
 from .launch import has_kernel, run_code
 from .start import jt
 
@@ -37,6 +38,12 @@ class AdamW(jt.optim.AdamW):
     """jt.optim.AdamW with the same arguments, moments and numbers; on a GPU it is that itself."""
 
     headers = ("adamw_cpu.h",), ()
+
+    def clip_grad_norm(self, max_norm, norm_type=2):
+        if norm_type != 2 or not has_kernel(AdamW):
+            return super().clip_grad_norm(max_norm, norm_type)
+        states = [zip(group["params"], group["grads"]) for group in self.param_groups]
+        clip_grad_norm([g for s in states for p, g in s if not p.is_stop_grad()], max_norm)
 
     def step(self, loss=None, retain_graph=False):
         if not has_kernel(AdamW):
