@@ -131,8 +131,8 @@ class TrainTransform:
 
     def draw(self, width, height, generator):
         """What apply() takes for an image of this size: the box, the filter, the flip, steps."""
-        resamples = [RESAMPLES[self.interpolation]] if self.interpolation in RESAMPLES else None
-        resamples = resamples or list(RESAMPLES.values())
+        names = RESAMPLES if self.interpolation == "random" else [self.interpolation]
+        resamples = [RESAMPLES[name] for name in names]
         box = draw_crop(width, height, self.scale, self.ratio, generator)
         resample, flip = draw_one(resamples, generator), generator.random() < self.hflip
         if self.auto_augment is None:
@@ -233,11 +233,13 @@ class Mixup:
             mixed = images.copy()
             mixed[area] = images[::-1][area]
             return mixed
-        mixed = images.astype(np.float32)
-        other = mixed[::-1] * np.float32(1 - lam)
-        mixed *= np.float32(lam)
-        mixed += other
-        return np.rint(mixed).astype(np.uint8) if images.dtype == np.uint8 else mixed
+        kept, rest = np.float32(lam), np.float32(1 - lam)
+        mixed = np.empty_like(images)
+        for image, other, result in zip(images, images[::-1], mixed):  # each fits a cache
+            total = np.multiply(image, kept, dtype=np.float32)
+            total += np.multiply(other, rest, dtype=np.float32)
+            result[:] = np.rint(total) if images.dtype == np.uint8 else total
+        return mixed
 
     def targets(self, labels, lam):
         """(n, num_classes) float32: lam of the one label, 1 - lam of the other, smoothed."""
