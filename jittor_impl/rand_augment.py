@@ -63,13 +63,14 @@ RESAMPLING = {rotate, shear_x, shear_y, translate_x, translate_y}  # these take 
 
 
 class Op(NamedTuple):
-    """An operation of RandAugment: function(image, argument), argument(level, sign).
+    """An operation of RandAugment: function(image, argument(level)).
 
-    The level is the magnitude / 10, the sign 1 or -1.
+    The level is the magnitude / 10; of `signed` ones, half of the levels are negated.
     """
 
     function: Callable
     argument: Callable | None = None
+    signed: bool = False
 
 
 # By timm's names. Their order decides what a seed draws.
@@ -77,72 +78,75 @@ SHARED = {
     "AutoContrast": Op(ImageOps.autocontrast),
     "Equalize": Op(ImageOps.equalize),
     "Invert": Op(ImageOps.invert),
-    "Rotate": Op(rotate, lambda level, sign: sign * level * 30),
-    "SolarizeAdd": Op(solarize_add, lambda level, _: int(level * 110)),
-    "ShearX": Op(shear_x, lambda level, sign: sign * level * 0.3),
-    "ShearY": Op(shear_y, lambda level, sign: sign * level * 0.3),
-    "TranslateXRel": Op(translate_x, lambda level, sign: sign * level * 0.45),
-    "TranslateYRel": Op(translate_y, lambda level, sign: sign * level * 0.45),
+    "Rotate": Op(rotate, lambda level: level * 30, signed=True),
+    "SolarizeAdd": Op(solarize_add, lambda level: int(level * 110)),
+    "ShearX": Op(shear_x, lambda level: level * 0.3, signed=True),
+    "ShearY": Op(shear_y, lambda level: level * 0.3, signed=True),
+    "TranslateXRel": Op(translate_x, lambda level: level * 0.45, signed=True),
+    "TranslateYRel": Op(translate_y, lambda level: level * 0.45, signed=True),
 }
 
 
-def enhanced(level, _):
+def enhanced(level):
     return level * 1.8 + 0.1
 
 
-def enhanced_increasing(level, sign):
-    return max(0.1, 1 + sign * level * 0.9)
+def enhanced_increasing(level):
+    return max(0.1, 1 + level * 0.9)
 
 
 PLAIN = SHARED | {
-    "Posterize": Op(ImageOps.posterize, lambda level, _: int(level * 4)),
-    "Solarize": Op(ImageOps.solarize, lambda level, _: int(level * 256)),
+    "Posterize": Op(ImageOps.posterize, lambda level: int(level * 4)),
+    "Solarize": Op(ImageOps.solarize, lambda level: int(level * 256)),
     "Color": Op(color, enhanced),
     "Contrast": Op(contrast, enhanced),
     "Brightness": Op(brightness, enhanced),
     "Sharpness": Op(sharpness, enhanced),
 }
 INCREASING = SHARED | {  # the larger the magnitude, the further from the image itself
-    "PosterizeIncreasing": Op(ImageOps.posterize, lambda level, _: 4 - int(level * 4)),
-    "SolarizeIncreasing": Op(ImageOps.solarize, lambda level, _: 256 - int(level * 256)),
-    "ColorIncreasing": Op(color, enhanced_increasing),
-    "ContrastIncreasing": Op(contrast, enhanced_increasing),
-    "BrightnessIncreasing": Op(brightness, enhanced_increasing),
-    "SharpnessIncreasing": Op(sharpness, enhanced_increasing),
+    "PosterizeIncreasing": Op(ImageOps.posterize, lambda level: 4 - int(level * 4)),
+    "SolarizeIncreasing": Op(ImageOps.solarize, lambda level: 256 - int(level * 256)),
+    "ColorIncreasing": Op(color, enhanced_increasing, signed=True),
+    "ContrastIncreasing": Op(contrast, enhanced_increasing, signed=True),
+    "BrightnessIncreasing": Op(brightness, enhanced_increasing, signed=True),
+    "SharpnessIncreasing": Op(sharpness, enhanced_increasing, signed=True),
 }
 
 
 class RandAugment(NamedTuple):
-    """Which operations are drawn, and how strong (arXiv 1909.13719, in timm's variant).
+    """Which operations are drawn, and how strong.
 
-    `layers` times one of `ops`, each applied with probability `prob`; its magnitude is normal with
-    deviation `std`, cut off at 0 and 10. Above 100, `std` stands for uniform from 0 to `magnitude`.
+    `num_layers` times one of `ops`, each applied with probability `prob`; its magnitude is normal
+    with deviation `magnitude_std`, cut off at 0 and 10. A deviation above 100 stands for uniform
+    from 0 to `magnitude`.
     """
 
     ops: tuple
     magnitude: int
-    layers: int
-    std: float
+    num_layers: int
+    magnitude_std: float
     prob: float
 
     def draw(self, resamples, generator):
         """Steps [(function, *arguments)], each to be applied to a Pillow image."""
         steps = []
-        for index in generator.integers(len(self.ops), size=self.layers):
+        for index in generator.integers(len(self.ops), size=self.num_layers):
             if generator.random() >= self.prob:
                 continue
-            function, argument = self.ops[index]
-            level, sign = self.draw_magnitude(generator) / 10, draw_sign(generator)
-            arguments = [argument(level, sign)] if argument else []
+            function, argument, signed = self.ops[index]
+            level = self.draw_magnitude(generator) / 10
+            if signed and generator.random() >= 0.5:
+                level = -level
+            arguments = [argument(level)] if argument else []
             if function in RESAMPLING:
                 arguments.append(draw_one(resamples, generator))
             steps.append((function, *arguments))
         return steps
 
     def draw_magnitude(self, generator):
-        if self.std > 100:
+        if self.magnitude_std > 100:
             return generator.uniform(0, self.magnitude)
-        return min(max(generator.normal(self.magnitude, self.std), 0), 10)
+        return min(max(generator.normal(self.magnitude, self.magnitude_std), 0), 10)
 
 
 @lru_cache
@@ -155,21 +159,17 @@ def rand_augment(config):
     name, *sections = config.split("-")
     matches = [re.fullmatch(r"(m|n|inc)(\d+)|(mstd|p)(\d+(?:\.\d+)?)", text) for text in sections]
     values = {m[1] or m[3]: float(m[2] or m[4]) for m in matches if m}
-    limits = {"m": 10, "inc": 1, "p": 1}
-    within = all(value <= limits.get(key, math.inf) for key, value in values.items())
+    limits = {"m": 10, "n": 15, "mstd": math.inf, "inc": 1, "p": 1}
+    within = all(value <= limits[key] for key, value in values.items())
     if name != "rand" or len(values) < len(sections) or not within:
         raise ValueError(
-            f"auto_augment is {config!r}; give rand and what departs from -m10-n2-mstd0-inc0-p0.5, "
-            "such as rand-m9-mstd0.5-inc1: magnitude up to 10, operations, its deviation, whether "
-            "they increase with it, probability"
+            f"auto_augment is {config!r}; give rand-m9-mstd0.5-inc1 or the like: m (magnitude) up "
+            "to 10, n (operations) up to 15, mstd (deviation of m), inc (increasing) 0 or 1, "
+            "p (probability) up to 1"
         )
     ops = tuple((INCREASING if values.get("inc") else PLAIN).values())
-    magnitude, layers = int(values.get("m", 10)), int(values.get("n", 2))
-    return RandAugment(ops, magnitude, layers, values.get("mstd", 0.0), values.get("p", 0.5))
-
-
-def draw_sign(generator):
-    return 1 if generator.random() < 0.5 else -1
+    magnitude, num_layers = int(values.get("m", 10)), int(values.get("n", 2))
+    return RandAugment(ops, magnitude, num_layers, values.get("mstd", 0.0), values.get("p", 0.5))
 
 
 def draw_one(choices, generator):

@@ -24,7 +24,7 @@ ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 def check(name, value, low, high=math.inf):
     """Raise a ValueError that names the option unless low <= value <= high."""
-    if not low <= value <= high:
+    if not (low <= value <= high and math.isfinite(value)):
         wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
         raise ValueError(f"{name} is {value}; give a number {wanted}")
 
@@ -38,11 +38,18 @@ def draw_color_jitter(strength, generator):
     return [steps[i] for i in generator.permutation(3)]
 
 
-def draw_shape(area, areas, ratios, generator):
-    """Width and height, rounded, of a box: its share of `area` is uniform, log(w / h) too."""
+def draw_sides(area, areas, ratios, generator):
+    """Two sides, rounded, of a box: its share of `area` is uniform, the log of their ratio too."""
     area *= generator.uniform(*areas)
     ratio = math.exp(generator.uniform(*map(math.log, ratios)))
     return round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+
+
+def draw_place(width, height, w, h, generator):
+    """The box (left, top, right, bottom) of w x h pixels at a place in an image."""
+    top = int(generator.integers(height - h, endpoint=True))
+    left = int(generator.integers(width - w, endpoint=True))
+    return left, top, left + w, top + h
 
 
 def draw_crop(width, height, scale, ratio, generator):
@@ -52,16 +59,14 @@ def draw_crop(width, height, scale, ratio, generator):
     on which theirs fails, does not fit.
     """
     for _ in range(ATTEMPTS):
-        w, h = draw_shape(width * height, scale, ratio, generator)
+        w, h = draw_sides(width * height, scale, ratio, generator)
         if 0 < w <= width and 0 < h <= height:
-            top = int(generator.integers(height - h, endpoint=True))
-            left = int(generator.integers(width - w, endpoint=True))
-            return left, top, left + w, top + h
+            return draw_place(width, height, w, h, generator)
     w, h = width, height
-    if width / height < min(ratio):
-        h = max(1, round(width / min(ratio)))
-    elif width / height > max(ratio):
-        w = max(1, round(height * max(ratio)))
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
@@ -69,11 +74,9 @@ def draw_crop(width, height, scale, ratio, generator):
 def draw_erasing(width, height, generator):
     """Box (left, top, right, bottom) of random erasing (arXiv 1708.04896); None if none fits."""
     for _ in range(ATTEMPTS):
-        w, h = draw_shape(width * height, ERASED_AREA, ERASED_ASPECT, generator)
+        h, w = draw_sides(width * height, ERASED_AREA, ERASED_ASPECT, generator)
         if w < width and h < height:
-            top = int(generator.integers(height - h, endpoint=True))
-            left = int(generator.integers(width - w, endpoint=True))
-            return left, top, left + w, top + h
+            return draw_place(width, height, w, h, generator)
     return None
 
 
@@ -99,7 +102,7 @@ class TrainTransform:
         check("img_size", self.img_size, 1)
         for name, most in (("scale", 1), ("ratio", math.inf)):
             low, high = getattr(self, name)
-            if not 0 < low <= high <= most:
+            if not (0 < low <= high <= most and math.isfinite(high)):
                 limit = "" if most == math.inf else f", up to {most}"
                 raise ValueError(f"{name} is {low} {high}; give two numbers above 0{limit}, rising")
         if self.interpolation not in ("random", *RESAMPLES):
@@ -128,8 +131,8 @@ class TrainTransform:
 
     def draw(self, width, height, generator):
         """What apply() takes for an image of this size: the box, the filter, the flip, steps."""
-        resamples = [RESAMPLES[self.interpolation]] if self.interpolation in RESAMPLES else None
-        resamples = resamples or list(RESAMPLES.values())
+        names = RESAMPLES if self.interpolation == "random" else [self.interpolation]
+        resamples = [RESAMPLES[name] for name in names]
         box = draw_crop(width, height, self.scale, self.ratio, generator)
         resample, flip = draw_one(resamples, generator), generator.random() < self.hflip
         if self.auto_augment is None:
@@ -230,11 +233,13 @@ class Mixup:
             mixed = images.copy()
             mixed[area] = images[::-1][area]
             return mixed
-        mixed = images.astype(np.float32)
-        other = mixed[::-1] * np.float32(1 - lam)
-        mixed *= np.float32(lam)
-        mixed += other
-        return np.rint(mixed).astype(np.uint8) if images.dtype == np.uint8 else mixed
+        kept, rest = np.float32(lam), np.float32(1 - lam)
+        mixed = np.empty_like(images)
+        for image, other, result in zip(images, images[::-1], mixed):  # each fits a cache
+            total = np.multiply(image, kept, dtype=np.float32)
+            total += np.multiply(other, rest, dtype=np.float32)
+            result[:] = np.rint(total) if images.dtype == np.uint8 else total
+        return mixed
 
     def targets(self, labels, lam):
         """(n, num_classes) float32: lam of the one label, 1 - lam of the other, smoothed."""
