@@ -10,12 +10,14 @@
 #include "na2d_av_cpu.h"
 #include "depthwise_cpu.h"
 #include "norm_cpu.h"
+#include "separable_cpu.h"
 #include "cuda_launch.h"
 #include "cuda_sum.h"
 #include "na2d_av_cuda.h"
 #include "depthwise_cuda.h"
 #include "norm_cuda.h"
 #include "grn_cuda.h"
+#include "separable_cuda.h"
 
 // A number of so many significant bits, as its type on a GPU: rounded to nearest, ties to even.
 template <int BITS, int MIN_EXPONENT>
@@ -191,6 +193,23 @@ static void grn(int B, int C, int P) {
     grad_beta.compare("grad_beta");
 }
 
+// With zeros around a window of each row, and one row of nothing else.
+template <typename T>
+static void separable(int planes, int H, int W, int h, int w) {
+    std::printf("separable %dx%dx%d to %dx%d\n", planes, H, W, h, w);
+    const auto x = normal<T>((size_t)planes * H * W);
+    auto rows = normal<float>(h * H), cols = normal<float>(w * W);
+    for (int i = 0; i < h; i++)
+        for (int y = 0; y < H; y++)
+            if (y < i / 2 || y > H - i || i == h - 1) rows.cpu[i * H + y] = 0;
+    for (const bool transposed : {false, true}) {
+        Result<T> out((size_t)planes * h * w);
+        overlock::separable(x.f(), rows.f(), cols.f(), out.f(), planes, H, W, h, w, transposed);
+        overlock::separable<T>(x, rows.f(), cols.f(), out, planes, H, W, h, w, transposed, 0);
+        out.compare(transposed ? "transposed" : "out");
+    }
+}
+
 template <typename T, typename Param>
 static void a_few() {
     depthwise<T>(2, 2, 9, 18, 5, 1);
@@ -199,6 +218,7 @@ static void a_few() {
     na2d_av<T>(1, 11, 17, 3, 7);
     norms<T, Param>(3, 5, 6, 2, 1);
     grn<T, Param>(2, 5, 6);
+    separable<T>(5, 9, 8, 7, 6);
 }
 
 int main() {
@@ -226,6 +246,9 @@ int main() {
         grn<float, float>(3, 5, 16);
         grn<float, float>(2, 3, 1100);
         grn<float, float>(1, 300, 2);
+        separable<float>(300, 13, 2, 7, 7);
+        separable<float>(2, 4, 6, 9, 15);
+        separable<float>(1, 40, 33, 1, 2);
         std::printf("half\n");
         a_few<Half, float>();
         a_few<Half, Half>();

@@ -168,13 +168,15 @@ def cuda_calls(impl, dtype, monkeypatch):
         outputs.append(functions.LayerNormFunction.apply(x, norm.weight, norm.bias, 1e-6))
         gamma, beta = (jt.zeros((1, 3, 1, 1), of_parameters) for _ in range(2))
         outputs.append(functions.GRNFunction.apply(x, gamma, beta))
+    outputs.append(functions.adaptive_avg_pool2d(x, (7, 7)))
     assert all(out.dtype == dtype for out in outputs)
     for out in outputs:
         jt.grad(out.float32().sum(), [x, attn, value])
     monkeypatch.undo()
     # na2d_av and its two gradients; depthwise convolution and the gradient of its weight, with bias
-    # and without (the gradient of x is a convolution without); three norms and their gradients.
-    assert len(calls) == 3 + 4 + (6 if dtype == "float32" else 12)
+    # and without (the gradient of x is a convolution without); three norms and their gradients;
+    # pooling, whose gradient is the same call.
+    assert len(calls) == 3 + 4 + (6 if dtype == "float32" else 12) + 1
     return calls
 
 
