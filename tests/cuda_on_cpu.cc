@@ -10,6 +10,7 @@
 #include "na2d_av_cpu.h"
 #include "depthwise_cpu.h"
 #include "norm_cpu.h"
+#include "adamw_cpu.h"
 #include "separable_cpu.h"
 #include "cuda_launch.h"
 #include "cuda_sum.h"
@@ -18,6 +19,7 @@
 #include "norm_cuda.h"
 #include "grn_cuda.h"
 #include "separable_cuda.h"
+#include "adamw_cuda.h"
 
 // A number of so many significant bits, as its type on a GPU: rounded to nearest, ties to even.
 template <int BITS, int MIN_EXPONENT>
@@ -210,6 +212,33 @@ static void separable(int planes, int H, int W, int h, int w) {
     }
 }
 
+// Sizes of no number, of one block and of several, the last of which is not full.
+template <typename T>
+static void adamw(std::vector<int64_t> sizes) {
+    std::printf("adamw of %d parameters\n", (int)sizes.size());
+    const overlock::AdamWNumbers numbers = {0.9f, 0.1f, 0.999f, 0.001f, 0.02f, 0.3f, 1e-6f};
+    std::vector<overlock::AdamWParameter<T>> parameters;
+    std::vector<Array<T>> p, g, m, v;
+    std::vector<Result<T>> new_p, new_m, new_v;
+    for (int64_t size : sizes) {
+        p.push_back(normal<T>(size)), g.push_back(normal<T>(size)), m.push_back(normal<T>(size));
+        v.push_back(normal<T>(size, 9));  // a mean of squares is positive
+        new_p.emplace_back(size), new_m.emplace_back(size), new_v.emplace_back(size);
+    }
+    for (size_t k = 0; k < sizes.size(); k++) {
+        parameters.push_back({p[k], g[k], m[k], v[k], new_p[k], new_m[k], new_v[k], sizes[k]});
+        overlock::adamw(p[k].f(), g[k].f(), m[k].f(), v[k].f(), new_p[k].f(), new_m[k].f(), new_v[k].f(), sizes[k],
+                        numbers);
+    }
+    overlock::adamw<T>(parameters.data(), sizes.size(), numbers, 0);
+    for (size_t k = 0; k < sizes.size(); k++) {
+        if (!sizes[k]) continue;
+        new_p[k].compare("p");
+        new_m[k].compare("m");
+        new_v[k].compare("v");
+    }
+}
+
 template <typename T, typename Param>
 static void a_few() {
     depthwise<T>(2, 2, 9, 18, 5, 1);
@@ -219,6 +248,7 @@ static void a_few() {
     norms<T, Param>(3, 5, 6, 2, 1);
     grn<T, Param>(2, 5, 6);
     separable<T>(5, 9, 8, 7, 6);
+    adamw<T>({3, 1025});
 }
 
 int main() {
@@ -249,6 +279,8 @@ int main() {
         separable<float>(300, 13, 2, 7, 7);
         separable<float>(2, 4, 6, 9, 15);
         separable<float>(1, 40, 33, 1, 2);
+        adamw<float>({0, 1, 1024, 1025, 3000, 7});
+        adamw<float>(std::vector<int64_t>(overlock::ADAMW_GROUP, 2));
         std::printf("half\n");
         a_few<Half, float>();
         a_few<Half, Half>();

@@ -309,7 +309,7 @@ def test_nothing_is_fused_over_a_hook():
                 remove()
 
 
-def test_adamw():
+def test_adamw(kernels):
     """Parameters of several ranks, their moments and the step count follow torch.optim.AdamW."""
     generator = np.random.default_rng(0)
     shapes = [(5,), (3, 4), (2, 3, 3, 3), (7,)] * 20
