@@ -4,6 +4,7 @@ Here are convolutions, ContMix, GRN and AdamW; BatchNorm, LayerNorm, pooling and
 in test_aligned_nn.py, na2d_av in test_ops.py.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import test_ops
 from under_test import DEVICE, cpu_only
 from jittor_impl import contmix, ops
+from jittor_impl.aligned import functions
 from jittor_impl.aligned.functions import GRNFunction, convolve
 from jittor_impl.aligned.nn import BatchNorm2d, Conv2d, FusedSequential
 from jittor_impl.aligned.optim import AdamW
@@ -221,6 +223,7 @@ def test_contmix(B, heads, query_dim, value_dim, H, W, K1, K2, regions, monkeypa
     grad_out, results = jt.array(normal(B, 2 * heads * value_dim, H, W)), []
     for kernels in (True, False) if DEVICE == "cpu" else (False,):
         monkeypatch.setattr(contmix, "has_kernel", lambda _, answer=kernels: answer)
+        monkeypatch.setattr(functions, "on_gpu", lambda answer=kernels: not answer)
         query, key, proj.weight, proj.bias, rpb1, rpb2, x = inputs = [jt.array(a) for a in arrays]
         out = contmix.contmix(query, key, proj, rpb1, rpb2, x)
         results.append([out.numpy()] + [g.numpy() for g in jt.grad((out * grad_out).sum(), inputs)])
@@ -310,7 +313,7 @@ def test_nothing_is_fused_over_a_hook():
                 remove()
 
 
-def test_adamw():
+def test_adamw(kernels):
     """Parameters of several ranks, their moments and the step count follow torch.optim.AdamW."""
     generator = np.random.default_rng(0)
     shapes = [(5,), (3, 4), (2, 3, 3, 3), (7,)] * 20
@@ -385,6 +388,17 @@ np.savez(sys.argv[1], output["main"].numpy(), *[v.numpy() for v in [*grads, *par
         results.append(dict(np.load(out)))
     assert results[0].keys() == results[1].keys() and len(results[0]) > 1000
     assert all(np.array_equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_operators_of_a_gpu():
+    """None lacks a version for CUDA: it would stop the GPU and go by way of the host."""
+    command = [sys.executable, ROOT / "tests" / "gpu_graph.py"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    # What Jittor's src/ops has for the CPU alone; there are CUDA libraries for the last three.
+    for name, operators in json.loads(result.stdout.splitlines()[-1]).items():
+        lacking = {"transpose", "arg_reduce", "argsort", "random"} & operators.keys()
+        assert not lacking, (name, lacking)
 
 
 @cpu_only("a GPU's kernels take half precision too")

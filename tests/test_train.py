@@ -274,6 +274,28 @@ train.main()
         one_line(run(words, *options), "out of memory; lower --batch-size")
 
 
+# How Jittor, PyTorch, cuBLAS and cuDNN say it of a GPU, and what is something else.
+MEMORY = [
+    ("Unable to alloc cuda device memory for size 1073741824", True),
+    ("GPU memory is overflow, please reduce your batch_size or data size!", True),
+    ("CUDA error at x.cc:25 code=2( cudaErrorMemoryAllocation ) cudaMalloc(&ptr, size)", True),
+    ("CUDA error at x.cc:36 code=3( CUBLAS_STATUS_ALLOC_FAILED ) cublasCreate(&handle)", True),
+    ("CUDA error at x.cc:31 code=1003( CUDNN_STATUS_ALLOC_FAILED ) cudnnCreate(&handle)", True),
+    ("CUDA kernel adamw_kernel did not start: out of memory", True),
+    ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB", True),
+    ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+    ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+    ("CUDA error: an illegal memory access was encountered", False),
+    ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", False),
+]
+
+
+@pytest.mark.parametrize("text, is_memory", MEMORY)
+def test_memory_of_a_gpu_that_runs_out_is_known(text, is_memory):
+    assert module("errors").is_out_of_memory(RuntimeError(text)) == is_memory
+
+
 def test_an_earlier_run_is_set_aside(impl, command, dataset, tmp_path):
     (tmp_path / f"log{impl.suffix}.csv").write_text("a finished run")
     result = run(command, *SIZES, "--data-dir", dataset, "--epochs", 1, "--output", tmp_path)
@@ -460,6 +482,52 @@ def test_a_gpu_that_pytorch_cannot_use_is_named(
         assert args.device == ("cuda" if seen and not says else "cpu")
         err = capsys.readouterr().err
         assert not err if not says else err.count("\n") == 1 and "running on the CPU" in err
+
+
+def test_what_the_log_says_of_a_gpu(impl, monkeypatch):
+    if impl.name != "torch":
+        pytest.skip("about PyTorch; test_cuda_setup.py has Jittor's")
+    device, program, torch = impl.module("kernels.device"), impl.module("program"), impl.torch
+    capability, version = (9, 0), 91300
+    monkeypatch.setattr(program, "cuda_problem", lambda: None)
+    monkeypatch.setattr(device, "driver_version", lambda: (13, 1))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+
+    def choose_device(*options):
+        return program.choose_device(train.make_parser().parse_args(options))
+
+    says = (
+        "NVIDIA H100, compute capability 9.0, driver for CUDA 13.1, CUDA 13.0, cuDNN 9.13.0, TF32 "
+    )
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for options, tf32 in (((), "off"), (("--tf32", "on"), "on"), (("--tf32", "off"), "off")):
+            backends[1].allow_tf32 = True  # as in NVIDIA's containers
+            assert choose_device(*options) == f"{says}TF32 {tf32}"
+            assert [backend.allow_tf32 for backend in backends] == [tf32 == "on", False]
+        version = 8907
+        assert "cuDNN 8.9.7, TF32 off" in choose_device()
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
+    with pytest.raises(train.InputError, match="--tf32 on needs a GPU of compute capability 8.0"):
+        choose_device("--tf32", "on", "--device", "cpu")
+    capability = (7, 5)
+    with pytest.raises(train.InputError, match="leave it out"):
+        choose_device("--tf32", "on")
+
+
+def test_channels_last_is_for_a_cpu(impl):
+    """On a GPU PyTorch would take cuDNN for depthwise convolutions, whatever the others gain."""
+    if impl.name != "torch":
+        pytest.skip("Jittor's maps are contiguous")
+    memory_format, torch = impl.module("kernels.device").memory_format, impl.torch
+    assert memory_format("cpu") == memory_format(torch.device("cpu")) == torch.channels_last
+    assert memory_format("cuda") == memory_format(torch.device("cuda:1")) == torch.contiguous_format
 
 
 def test_natten_without_cuda_does_not_run_on_a_gpu(impl, monkeypatch):

@@ -5,7 +5,6 @@ An adapter of the framework that runs in this process. Arrays that go in and com
 """
 
 import ctypes
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,18 +16,11 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
-def without_tf32():
-    """Let float32 be float32 on a GPU too: its libraries read this when they are loaded."""
-    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-
-
 class Adapter:
     """What does not differ. `options` are further ones of train.py, such as ("--na2d", "dense")."""
 
     def __init__(self, device, options):
         """Raises SystemExit with one line where the framework cannot use the device."""
-        if device == "cuda" and "--tf32" not in options:
-            without_tf32()
         self.device, self.options = device, options
         try:
             self.module("program").choose_device(self.train_args())
@@ -139,7 +131,8 @@ class Torch(Adapter):
 
     def feature_map(self, x):
         """(B, C, H, W), laid out in memory as the maps inside the network are."""
-        return self.array(x).contiguous(memory_format=self.torch.channels_last)
+        layout = self.module("kernels.device").memory_format(self.device)
+        return self.array(x).contiguous(memory_format=layout)
 
     def numpy(self, x):
         return x.detach().cpu().numpy()
@@ -170,8 +163,7 @@ class Torch(Adapter):
 
     def run_inference(self, model, images):
         with self.torch.inference_mode():
-            images = self.torch.from_numpy(images).to(self.device)
-            model(images.contiguous(memory_format=self.torch.channels_last))
+            model(self.feature_map(images))
 
     def fold_batch_norms(self, model):
         """Fold each into the convolution before it, for a model in evaluation mode."""

@@ -28,6 +28,7 @@ from .checkpoint import load_model, load_optimizer, read_checkpoint, save_checkp
 from .dataset import load
 from .errors import InputError
 from .export import export
+from .kernels.device import memory_format
 from .program import ArgumentParser, add_device_options, choose_device, number, run_program
 from .progress import Progress, say
 from .run_files import RunFiles, epoch_line
@@ -105,8 +106,7 @@ def make_model(args, merged=False):
     variant = models.VARIANTS[args.model]
     of_args = dict(num_classes=args.num_classes, seed=args.seed)
     model = models.OverLoCK(**variant, **of_args, deploy=merged)
-    # Channels last: PyTorch's convolutions are faster so, on a CPU as on a GPU.
-    return model.to(args.device, memory_format=torch.channels_last)
+    return model.to(args.device, memory_format=memory_format(args.device))
 
 
 def make_optimizer(model, args):
