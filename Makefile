@@ -2,7 +2,8 @@
 # make align  show layer by layer and step by step that both compute the same
 # make bench  time both frameworks, and the official operator, side by side
 # make test   run every test, and make lint; make test-versions runs them on other versions:
-#             those of torch_impl on a current PyTorch, those of jittor_impl on another Python
+#             those of torch_impl on a current PyTorch, those of jittor_impl on another Python;
+#             make test-gpu runs those that compute on a GPU, which make test hides
 # make compile-cuda   compile all of the Jittor side for CUDA 13, on a machine with no GPU (15 minutes)
 # Each environment is made when it is first needed, and again when its requirements change.
 
@@ -16,7 +17,7 @@ DEMO_LOGS := logs/demo
 # Jittor compiles itself while PyTorch is downloaded.
 MAKEFLAGS += -j2
 
-.PHONY: demo align bench lint test test-versions compile-cuda environments python-version clean
+.PHONY: demo align bench lint test test-gpu test-versions compile-cuda environments python-version clean
 
 environments: .venv-jittor/ready .venv-torch/ready
 
@@ -98,6 +99,10 @@ lint: .venv-torch/test
 
 test: lint .venv-jittor/test .venv-torch/test .venv-torch/natten
 	$(TORCH) tests/run.py $(JITTOR) $(TORCH)
+
+# The tests that compute, on a GPU, against the same values.
+test-gpu: .venv-jittor/test .venv-torch/test
+	OVERLOCK_DEVICE=cuda $(TORCH) tests/run.py $(JITTOR) $(TORCH)
 
 .venv-current/ready: requirements-torch.txt requirements-test.txt | python-version
 	@echo "Making .venv-current: a current PyTorch (6 GB)"

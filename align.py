@@ -50,6 +50,7 @@ def make_parser():
     add("-b", "--batch-size", type=int, default=16, help="images a step")
     add("--steps", type=int, default=100, help="training steps of the last check")
     add("--seed", type=int, default=0, help="of initial weights and batches")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="of both, and of the yardstick")
     add("--data-dir", type=Path, default=data_dir, help="a folder laid out like TinyImageNet")
     add("--num-classes", type=int, default=20, help="use the first classes in sorted order")
     add("--train-per-class", type=int, default=50, help="training images of each class")
@@ -67,9 +68,8 @@ def make_parser():
 
 def training_args(f, args):
     """train.py's arguments for this run: its defaults but for what align.py has options for."""
-    defaults = f.module("train").make_parser().parse_args(["--device", "cpu"])
     given = dict(model=args.model, num_classes=args.num_classes, seed=args.seed)
-    return argparse.Namespace(**{**vars(defaults), **given})
+    return argparse.Namespace(**{**vars(f.train_args()), **given})
 
 
 def build(f, args):
@@ -89,7 +89,7 @@ def build_perturbed(f, args, run):
     model = build(f, args)
     generator = np.random.default_rng([args.seed, run])
     for parameter in model.parameters():
-        value = parameter.detach().numpy()
+        value = f.numpy(parameter)
         up = generator.random(value.shape) >= 0.5
         direction = np.where(up, np.float32(np.inf), np.float32(-np.inf))
         parameter.data.copy_(f.torch.from_numpy(np.nextafter(value, direction)))
@@ -204,9 +204,9 @@ def worker(args):
     """Run in the environment of `framework`: write what the check compares."""
     framework, task, path = args.worker
     if framework == "jittor":
-        f = Jittor()
+        f = Jittor(args.device)
     else:
-        f = Torch(np.float64 if framework == "torch64" else np.float32)
+        f = Torch(args.device, dtype=np.float64 if framework == "torch64" else np.float32)
     if task == "first step":
         return np.savez(path, **first_step(f, args))
     if task == "steps":
@@ -224,7 +224,7 @@ def worker(args):
 
 def run_worker(args, framework, task, path):
     """Run a worker in the environment of `framework`; it writes `path`."""
-    names = ("model", "img_size", "batch_size", "steps", "seed", "data_dir")
+    names = ("model", "img_size", "batch_size", "steps", "seed", "device", "data_dir")
     names += ("num_classes", "train_per_class")
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     if args.plant_fault and framework == "jittor":
@@ -464,7 +464,7 @@ def main():
         tasks = (("jittor", "steps"), ("torch", "steps"), ("torch", "perturbed steps"))
         runs = [results_of(args, *task, folder)["losses"] for task in tasks]
     size = f"{args.img_size}x{args.img_size}, batch {args.batch_size}, seed {args.seed}"
-    print(f"{args.model}, {size}; errors are relative")
+    print(f"{args.model}, {size}, {args.device.upper()}; errors are relative")
     rows, departures = [], []
     for check in CHECKS:
         found = list(compare(check, jittor, torch, reference, runs))

@@ -10,6 +10,9 @@ Prints a table, writes logs/bench.csv and logs/bench.png.
 
 The floor of a row is what the machine could do at best: its multiply-adds at the matrix rate
 measured here, or its bytes at the copy bandwidth measured here, whichever takes longer.
+
+With --device cuda all of it is measured on the GPU, at batches that fill one, and the memory is the
+GPU's.
 """
 
 import argparse
@@ -29,13 +32,18 @@ from unittest import mock
 
 from tools.frameworks import ROOT, Jittor, Torch
 
+# PyTorch's own na2d_av; on a GPU the choice is between two by the size of the map.
+NA2D = {"cpu": "dense", "cuda": "auto"}
 IMPLEMENTATIONS = ("jittor", "torch", "natten", "natten -O3")
 # Merged: after reparam() in both, and with BatchNorms folded into the convolutions before them.
 STEPS = ("training step", "inference", "merged inference")
 # variant, image side, batch sizes, the larger first
-MODELS = [("overlock_xxt", 64, (64, 16)), ("overlock_xt", 224, (8, 2))]
+MODELS = {
+    "cpu": [("overlock_xxt", 64, (64, 16)), ("overlock_xt", 224, (8, 2))],
+    "cuda": [("overlock_xxt", 64, (64, 16)), ("overlock_xt", 224, (128, 64))],
+}
 # na2d_av: (batch, heads, height, width, dim), kernel; two that XXT uses at 64 pixels, two that XT
-# uses at 224 pixels, and two large maps
+# uses at 224 pixels, and two large maps. On a GPU, XT's batch of 8 is that of its models.
 WINDOWS = [
     ((64, 2, 9, 9, 24), 9),
     ((64, 4, 7, 7, 16), 7),
@@ -54,19 +62,24 @@ MAPS = [
 ]
 
 
-def measure(step, seconds):
-    """Warm up, then repeat `step` for about `seconds`, at least twice.
+def measure(step, seconds, synchronize=lambda: None):
+    """Warm up, then repeat `step` for about `seconds`, at least twice; each ends by synchronize().
 
     Returns the times in seconds.
     """
-    start = time.perf_counter()
-    step()
-    if time.perf_counter() - start < seconds:
+
+    def step_and_wait():
         step()
+        synchronize()
+
+    start = time.perf_counter()
+    step_and_wait()
+    if time.perf_counter() - start < seconds:
+        step_and_wait()
     times, end = [], time.perf_counter() + seconds
     while len(times) < 2 or time.perf_counter() < end and len(times) < 50:
         start = time.perf_counter()
-        step()
+        step_and_wait()
         times.append(time.perf_counter() - start)
     return times
 
@@ -85,19 +98,17 @@ class ModelTask:
     variant: str
     side: int
     batch: int
+    uses_natten: bool
     seconds = 6
 
     def __str__(self):
         return f"{self.kind}, {self.variant}, {self.side}x{self.side}, batch {self.batch}"
 
-    def uses_natten(self):
-        return self.batch == larger_batch(self.variant)
-
     def step(self, f):
         import numpy as np
 
         train = f.module("train")
-        args = train.make_parser().parse_args(["--model", self.variant, "--device", "cpu"])
+        args = f.train_args("--model", self.variant)
         model, training = train.make_model(args), self.kind == "training step"
         images = random_array((self.batch, 3, self.side, self.side))
         labels = np.random.default_rng(0).integers(0, args.num_classes, self.batch)
@@ -135,13 +146,11 @@ class LoadingTask:
     side: int
     batch: int
     kind = "data loading"
+    uses_natten = False
     seconds = 2
 
     def __str__(self):
         return f"{self.kind}, {self.side}x{self.side}, batch {self.batch}"
-
-    def uses_natten(self):
-        return False
 
     def step(self, f):
         import numpy as np
@@ -177,6 +186,7 @@ class OperatorTask:
         shape = "x".join(map(str, self.shape))
         return f"{self.kind}, {shape}" + (f", kernel {self.kernel}" if self.kernel else "")
 
+    @property
     def uses_natten(self):
         return self.kind == "na2d_av"
 
@@ -190,9 +200,9 @@ class OperatorTask:
         channels = self.shape[1]
         if self.kind == "depthwise":
             settings = dict(padding=self.kernel // 2, groups=channels, bias=False)
-            conv = models.Conv2d(channels, channels, self.kernel, **settings)
+            conv = f.place(models.Conv2d(channels, channels, self.kernel, **settings))
             return lambda: f.run_forward_backward(lambda x, w: conv(x), (x, conv.weight))
-        norm = models.BatchNorm2d(channels)
+        norm = f.place(models.BatchNorm2d(channels))
         return lambda: f.run_forward_backward(lambda x, w, b: norm(x), (x, norm.weight, norm.bias))
 
     def work(self):
@@ -212,51 +222,79 @@ class OperatorTask:
         return 3 * products, 4 * 5 * size
 
 
-def larger_batch(variant):
-    return next(batches[0] for name, _, batches in MODELS if name == variant)
-
-
-def tasks():
-    for variant, side, batches in MODELS:
+def tasks(device):
+    for variant, side, batches in MODELS[device]:
         for batch in batches:
-            yield from (ModelTask(kind, variant, side, batch) for kind in STEPS)
+            natten = batch == batches[0]
+            yield from (ModelTask(kind, variant, side, batch, natten) for kind in STEPS)
     yield LoadingTask(64, 64)
+    of_models = {8: MODELS[device][1][2][0]}
+
+    def resized(shape):
+        return (of_models.get(shape[0], shape[0]), *shape[1:])
+
     for shape, kernel in WINDOWS:
-        yield OperatorTask("na2d_av", shape, kernel)
+        yield OperatorTask("na2d_av", resized(shape), kernel)
     for shape, kernel in MAPS:
+        shape = resized(shape)
         yield OperatorTask("depthwise", shape, kernel)
         yield OperatorTask("batch norm", shape, 0)
 
 
-def find_task(name):
-    return next(task for task in tasks() if str(task) == name)
+def find_task(name, device):
+    return next(task for task in tasks(device) if str(task) == name)
 
 
-def adapter(implementation):
+def adapter(implementation, args):
     """The framework under measurement in this process."""
+    options = tuple(args.train_options.split())
     if implementation == "jittor":
-        return Jittor()
-    return Torch(na2d="natten" if implementation.startswith("natten") else "dense")
+        return Jittor(args.device, options)
+    na2d = "natten" if implementation.startswith("natten") else NA2D[args.device]
+    return Torch(args.device, (*options, "--na2d", na2d))
 
 
-def worker(implementation, task):
-    """Run one measurement in this process and print it as JSON."""
-    f = adapter(implementation)
-    times = measure(task.step(f), task.seconds)
+def gpu_memory():
+    """MiB in use on the machine's GPUs, by whichever process."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return sum(map(float, lines))
+
+
+def peak_memory():
+    """MiB, that of this process on the host."""
     # Not getrusage's ru_maxrss, which begins with that of the parent process.
-    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # MiB
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def worker(args):
+    """Run one measurement in this process and print it as JSON."""
+    implementation, name = args.worker
+    before = gpu_memory() if args.device == "cuda" else 0
+    f, task = adapter(implementation, args), find_task(name, args.device)
+    times = measure(task.step(f), task.seconds, f.synchronize)
+    # Both frameworks keep what they freed, so at the end a GPU's memory is that at the peak.
+    peak = gpu_memory() - before if args.device == "cuda" else peak_memory()
     print("RESULT " + json.dumps({"times": times, "peak": peak, "threads": f.threads()}))
 
 
-def machine_rates():
-    """Multiply-adds/s of a large matrix product and bytes/s of a large copy, on all cores."""
-    import torch
-
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    products = 2048**3 / min(measure(lambda: a @ b, 2))
-    source, target = torch.randn(2**26), torch.empty(2**26)
-    copy = 2 * source.numel() * 4 / min(measure(lambda: target.copy_(source), 2))
+def machine_rates(device):
+    """Multiply-adds/s of a large matrix product and bytes/s of a large copy, all cores at work."""
+    f = Torch(device)
+    side, size = (2048, 2**26) if device == "cpu" else (8192, 2**28)
+    a, b = f.torch.randn(2, side, side, device=device)
+    products = side**3 / min(measure(lambda: a @ b, 2, f.synchronize))
+    source, target = f.torch.randn(2, size, device=device)
+    copy = 2 * size * 4 / min(measure(lambda: target.copy_(source), 2, f.synchronize))
     return products, copy
+
+
+def device_name(device):
+    return (
+        Torch(device).torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{os.cpu_count()} cores"
+    )
 
 
 def count_products(model, side):
@@ -286,8 +324,12 @@ def fail(implementation, what, result):
     sys.exit(f"bench.py: error: {implementation} failed at {what}: {reason}")
 
 
-def run_worker(python, implementation, task, environment):
-    command = [python, __file__, "--worker", implementation, str(task)]
+def device_options(args):
+    return [f"--device={args.device}", f"--train-options={args.train_options}"]
+
+
+def run_worker(args, python, implementation, task, environment):
+    command = [python, __file__, *device_options(args), "--worker", implementation, str(task)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -295,11 +337,11 @@ def run_worker(python, implementation, task, environment):
     return json.loads(lines[0][len("RESULT ") :])
 
 
-def first_step(python, implementation, home):
+def first_step(args, python, implementation, home):
     """Seconds from the start of a process to the end of its first training step, XXT, batch 64."""
     # JITTOR_HOME would come before HOME.
     environment = {name: value for name, value in os.environ.items() if name != "JITTOR_HOME"}
-    command = [python, __file__, "--first-step", implementation]
+    command = [python, __file__, *device_options(args), "--first-step", implementation]
     start = time.perf_counter()
     environment["HOME"] = str(home)
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -319,6 +361,9 @@ def make_parser():
     add("--natten-o3", type=Path, default=ROOT / ".natten-o3", help=natten)
     add("--rounds", type=int, default=3, help="times that each implementation takes its turn")
     add("--only", default="", help="only rows whose description contains this")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
+    options = "further options of both train.py for the rows of models, in quotes"
+    add("--train-options", default="", metavar="OPTIONS", help=options)
     cold = "also time a first step with an empty Jittor cache, which takes minutes"
     add("--cold", action="store_true", help=cold)
     add("--output", type=Path, default=ROOT / "logs")
@@ -334,6 +379,8 @@ def find_implementations(args):
     optimised = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     found = {"jittor": (args.jittor_python, None), "torch": (args.torch_python, None)}
     code = "import natten; from natten.functional import na2d_av; print(natten.__file__)"
+    if args.device == "cuda":
+        code += "; assert natten.has_cuda()"
     for name, environment in (("natten", None), ("natten -O3", optimised)):
         command = [args.torch_python, "-c", code]
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -345,13 +392,14 @@ def find_implementations(args):
     return found
 
 
-def first_steps(environments, cold):
+def first_steps(args, environments):
     """(name, Jittor's seconds, PyTorch's) of the first steps of a process."""
-    jittor, torch = (first_step(environments[f][0], f, Path.home()) for f in ("jittor", "torch"))
+    names = ("jittor", "torch")
+    jittor, torch = (first_step(args, environments[f][0], f, Path.home()) for f in names)
     yield "first training step of a new process", jittor, torch
-    if cold:
+    if args.cold:
         with tempfile.TemporaryDirectory() as home:
-            jittor = first_step(environments["jittor"][0], "jittor", home)
+            jittor = first_step(args, environments["jittor"][0], "jittor", home)
         yield "the same with an empty Jittor cache", jittor, torch
 
 
@@ -373,17 +421,20 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker[0], find_task(args.worker[1]))
+        return worker(args)
     if args.first_step:
-        step = ModelTask("training step", "overlock_xxt", 64, 64).step(adapter(args.first_step))
-        return step()
-    environments = find_implementations(args)
-    chosen = [task for task in tasks() if args.only in str(task)]
+        task = find_task("training step, overlock_xxt, 64x64, batch 64", args.device)
+        return task.step(adapter(args.first_step, args))()
+    chosen = [task for task in tasks(args.device) if args.only in str(task)]
     if not chosen:
         parser.error(f"no row's description contains {args.only!r}")
-    products_rate, byte_rate = machine_rates()
+    try:
+        products_rate, byte_rate = machine_rates(args.device)
+    except SystemExit as error:  # there is no such device
+        sys.exit(f"bench.py: error: {error}")
+    environments = find_implementations(args)
     print(
-        f"{os.cpu_count()} cores; matrix product {products_rate / 1e9:.0f} G multiply-adds/s, "
+        f"{device_name(args.device)}; matrix product {products_rate / 1e9:.0f} G multiply-adds/s, "
         f"copy {byte_rate / 1e9:.1f} GB/s\nmedian milliseconds +- half of the interquartile range; "
         "peak memory of the process in MiB"
     )
@@ -392,14 +443,14 @@ def main():
     print(f"{'':46} {names} {ratios} {'jt MiB':>7} {'torch MiB':>9}")
     rows = []
     for task in chosen:
-        row = bench(task, environments, args.rounds)
+        row = bench(task, environments, args)
         products, bytes_moved = task.work()
         row["floor_ms"] = 1e3 * max(products / products_rate, bytes_moved / byte_rate)
         rows.append(row)
         print_row(row)
     threads = [f"{name} {rows[-1][f'{name}_threads']}" for name in ("jittor", "torch")]
     print("threads: " + ", ".join(threads))
-    for name, jittor, torch in first_steps(environments, args.cold):
+    for name, jittor, torch in first_steps(args, environments):
         print(f"{name:46} {1e3 * jittor:9.0f} {'':5} {1e3 * torch:9.0f}", flush=True)
         empty = dict.fromkeys(rows[0], "")
         rows.append({**empty, "task": name, "jittor_ms": 1e3 * jittor, "torch_ms": 1e3 * torch})
@@ -412,17 +463,17 @@ def main():
     print(f"written: {args.output / 'bench.csv'}, {args.output / 'bench.png'}")
 
 
-def bench(task, environments, rounds):
+def bench(task, environments, args):
     """Let the implementations take turns at `task`.
 
     Returns a row of the table, its floor excepted.
     """
     times, peaks, threads = {name: [] for name in environments}, {}, {}
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for name, (python, environment) in environments.items():
-            if name.startswith("natten") and not task.uses_natten():
+            if name.startswith("natten") and not task.uses_natten:
                 continue
-            result = run_worker(python, name, task, environment)
+            result = run_worker(args, python, name, task, environment)
             times[name] += result["times"]
             peaks[name] = max(peaks.get(name, 0), result["peak"])
             threads[name] = result["threads"]

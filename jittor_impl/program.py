@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+from .aligned.gpu import describe_gpu, has_tf32, prepare_gpu
 from .aligned.start import jt
 from .errors import InputError, is_out_of_memory, stop
 
@@ -40,6 +41,8 @@ def number(kind, minimum, exclusive=False, maximum=None):
 def add_device_options(parser):
     devices, of_auto = ("auto", "cpu", "cuda"), "auto takes the GPU if there is one"
     parser.add_argument("--device", choices=devices, default="auto", help=of_auto)
+    of_tf32 = "convolutions in TF32, on a GPU that has it; auto is off"
+    parser.add_argument("--tf32", choices=("auto", "on", "off"), default="auto", help=of_tf32)
 
 
 def choose_device(args):
@@ -50,8 +53,12 @@ def choose_device(args):
     if args.device == "auto":
         args.device = "cuda" if jt.has_cuda else "cpu"
     jt.flags.use_cuda = int(args.device == "cuda")
+    tf32 = args.tf32 == "on"
+    if tf32 and (args.device == "cpu" or not has_tf32()):
+        raise InputError("--tf32 on needs a GPU of compute capability 8.0 or newer; leave it out")
     if args.device == "cuda":
-        return "CUDA GPU"
+        prepare_gpu(tf32)
+        return f"{describe_gpu()}, TF32 {'on' if tf32 else 'off'}"
     threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
     return f"CPU, {threads} threads"
 

@@ -73,9 +73,11 @@ def steps(model_name, size):
     """A training step and inference, on the GPU that is not there; runs in a process of its own."""
     import numpy as np
     from jittor_impl import models, train
+    from jittor_impl.aligned.gpu import prepare_gpu
     from jittor_impl.aligned.start import jt
 
     jt.flags.use_cuda = 1
+    prepare_gpu(tf32=False)
     defaults = train.make_parser().parse_args([])
     model = models.OverLoCK(**models.VARIANTS[model_name], num_classes=defaults.num_classes)
     optimizer = train.make_optimizer(model, defaults)

@@ -4,6 +4,7 @@ Those of models, operators and training are written once, for either framework: 
 `impl`, the adapter of tools/frameworks.py, which hides what differs.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,8 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from under_test import NAME  # noqa: E402
+from under_test import DEVICE, NAME  # noqa: E402
 from tools import frameworks  # noqa: E402
+
+# What the tests expect is right to the bit on a CPU, so they see no GPU unless they ask for one.
+# Jittor then compiles itself without CUDA, once: with CUDA it does not start without a GPU.
+if DEVICE == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # What is about Jittor alone runs beside Jittor; what needs matplotlib, or both environments, runs
 # beside PyTorch.
@@ -25,16 +31,28 @@ if NAME == "jittor":
 else:
     jittor_only = ("aligned_nn", "functions", "setup", "cuda_setup")
     collect_ignore = [f"test_{name}.py" for name in jittor_only]
+# `make test-gpu`: what computes, and train.py as a whole.
+ON_GPU = ("ops", "aligned_nn", "functions", "models", "contmix_block", "train")
+if DEVICE == "cuda":
+    names = {path.name for path in Path(__file__).parent.glob("test_*.py")}
+    collect_ignore += names - {f"test_{name}.py" for name in ON_GPU}
 
 
-@pytest.fixture(scope="session")
+# On a GPU always, for the tests that use a framework without it.
+@pytest.fixture(scope="session", autouse=DEVICE == "cuda")
 def impl():
-    return frameworks.load(NAME)
+    try:
+        return frameworks.load(NAME, DEVICE)
+    except SystemExit as error:
+        pytest.exit(f"{error}; here that is OVERLOCK_DEVICE=cpu", 2)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", "cuda"] if DEVICE == "cpu" else ["cuda"])
 def kernels(request, monkeypatch):
-    """jittor_impl's CPU kernels, then its GPU kernels, run on the CPU by cuda_on_cpu.h."""
+    """jittor_impl's CPU kernels, then its GPU kernels, run on the CPU by cuda_on_cpu.h.
+
+    On a GPU those alone, as they are.
+    """
     from jittor_impl.aligned.start import jt
 
     code, emulation = jt.code, f'#include "{ROOT / "tests" / "cuda_on_cpu.h"}"\n'
@@ -44,7 +62,7 @@ def kernels(request, monkeypatch):
             shapes, dtypes, inputs, cpu_header=emulation + cuda_header, cpu_src=cuda_src, data=data
         )
 
-    if request.param == "cuda":
+    if request.param == "cuda" and DEVICE == "cpu":
         monkeypatch.setattr(jt, "code", run_cuda)
     return request.param
 

@@ -10,12 +10,16 @@
 #include "na2d_av_cpu.h"
 #include "depthwise_cpu.h"
 #include "norm_cpu.h"
+#include "adamw_cpu.h"
+#include "separable_cpu.h"
 #include "cuda_launch.h"
 #include "cuda_sum.h"
 #include "na2d_av_cuda.h"
 #include "depthwise_cuda.h"
 #include "norm_cuda.h"
 #include "grn_cuda.h"
+#include "separable_cuda.h"
+#include "adamw_cuda.h"
 
 // A number of so many significant bits, as its type on a GPU: rounded to nearest, ties to even.
 template <int BITS, int MIN_EXPONENT>
@@ -191,6 +195,50 @@ static void grn(int B, int C, int P) {
     grad_beta.compare("grad_beta");
 }
 
+// With zeros around a window of each row, and one row of nothing else.
+template <typename T>
+static void separable(int planes, int H, int W, int h, int w) {
+    std::printf("separable %dx%dx%d to %dx%d\n", planes, H, W, h, w);
+    const auto x = normal<T>((size_t)planes * H * W);
+    auto rows = normal<float>(h * H), cols = normal<float>(w * W);
+    for (int i = 0; i < h; i++)
+        for (int y = 0; y < H; y++)
+            if (y < i / 2 || y > H - i || i == h - 1) rows.cpu[i * H + y] = 0;
+    for (const bool transposed : {false, true}) {
+        Result<T> out((size_t)planes * h * w);
+        overlock::separable(x.f(), rows.f(), cols.f(), out.f(), planes, H, W, h, w, transposed);
+        overlock::separable<T>(x, rows.f(), cols.f(), out, planes, H, W, h, w, transposed, 0);
+        out.compare(transposed ? "transposed" : "out");
+    }
+}
+
+// Sizes of no number, of one block and of several, the last of which is not full.
+template <typename T>
+static void adamw(std::vector<int64_t> sizes) {
+    std::printf("adamw of %d parameters\n", (int)sizes.size());
+    const overlock::AdamWNumbers numbers = {0.9f, 0.1f, 0.999f, 0.001f, 0.02f, 0.3f, 1e-6f};
+    std::vector<overlock::AdamWParameter<T>> parameters;
+    std::vector<Array<T>> p, g, m, v;
+    std::vector<Result<T>> new_p, new_m, new_v;
+    for (int64_t size : sizes) {
+        p.push_back(normal<T>(size)), g.push_back(normal<T>(size)), m.push_back(normal<T>(size));
+        v.push_back(normal<T>(size, 9));  // a mean of squares is positive
+        new_p.emplace_back(size), new_m.emplace_back(size), new_v.emplace_back(size);
+    }
+    for (size_t k = 0; k < sizes.size(); k++) {
+        parameters.push_back({p[k], g[k], m[k], v[k], new_p[k], new_m[k], new_v[k], sizes[k]});
+        overlock::adamw(p[k].f(), g[k].f(), m[k].f(), v[k].f(), new_p[k].f(), new_m[k].f(), new_v[k].f(), sizes[k],
+                        numbers);
+    }
+    overlock::adamw<T>(parameters.data(), sizes.size(), numbers, 0);
+    for (size_t k = 0; k < sizes.size(); k++) {
+        if (!sizes[k]) continue;
+        new_p[k].compare("p");
+        new_m[k].compare("m");
+        new_v[k].compare("v");
+    }
+}
+
 template <typename T, typename Param>
 static void a_few() {
     depthwise<T>(2, 2, 9, 18, 5, 1);
@@ -199,6 +247,8 @@ static void a_few() {
     na2d_av<T>(1, 11, 17, 3, 7);
     norms<T, Param>(3, 5, 6, 2, 1);
     grn<T, Param>(2, 5, 6);
+    separable<T>(5, 9, 8, 7, 6);
+    adamw<T>({3, 1025});
 }
 
 int main() {
@@ -226,6 +276,11 @@ int main() {
         grn<float, float>(3, 5, 16);
         grn<float, float>(2, 3, 1100);
         grn<float, float>(1, 300, 2);
+        separable<float>(300, 13, 2, 7, 7);
+        separable<float>(2, 4, 6, 9, 15);
+        separable<float>(1, 40, 33, 1, 2);
+        adamw<float>({0, 1, 1024, 1025, 3000, 7});
+        adamw<float>(std::vector<int64_t>(overlock::ADAMW_GROUP, 2));
         std::printf("half\n");
         a_few<Half, float>();
         a_few<Half, Half>();

@@ -24,7 +24,7 @@ POOLED = [(9, 7), (13, 7), (11, 7), (7, 4), (4, 7), (2, 7), (14, 7), (7, 2), (5,
 
 
 @pytest.mark.parametrize("size", POOLED)
-def test_adaptive_pooling(size):
+def test_adaptive_pooling(size, kernels):
     """Jittor's own is off by 0.6 at 9 -> 7 and divides by zero at 4 -> 7."""
     in_size, out_size = size
 
@@ -58,7 +58,7 @@ INTERPOLATED = [((4, 4), (9, 9)), ((6, 10), (9, 15)), ((2, 3), (4, 6)), ((9, 9),
 
 
 @pytest.mark.parametrize("size", INTERPOLATED)
-def test_bilinear_interpolation(size):
+def test_bilinear_interpolation(size, kernels):
     (H, W), (h, w) = size
     x = np.random.default_rng(0).standard_normal((1, 2, H, W))
     expected = np.empty((1, 2, h, w))

@@ -315,7 +315,7 @@ def test_bench_times_the_windows_of_the_models(variant, side, monkeypatch):
     monkeypatch.setattr(contmix, "na2d_av", record)
     with torch.no_grad():
         models.OverLoCK(**models.VARIANTS[variant]).eval()(torch.zeros(1, 3, side, side))
-    batch = bench.larger_batch(variant)
+    batch = next(batches[0] for name, _, batches in bench.MODELS["cpu"] if name == variant)
     timed = {(shape[1:], kernel) for shape, kernel in bench.WINDOWS if shape[0] == batch}
     assert timed == {(shape, kernel) for shape, kernel in used if kernel > 5}
 
@@ -350,6 +350,21 @@ def test_align_names_a_broken_module(pythons, dataset, tmp_path):
     result = align(pythons, dataset, tmp_path, *options)
     verdict = "They first depart at forward: evaluation sub_blocks3.1.dwconv2\n"
     assert result.returncode == 1 and verdict in result.stdout, result.stdout
+
+
+def test_a_device_that_is_not_there_is_one_line(pythons, dataset, tmp_path):
+    """The tests hide the GPU of a machine that has one."""
+    result = align(pythons, dataset, tmp_path, "--device", "cuda")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("align.py: error: jittor failed: Jittor sees no CUDA GPU")
+    command = [sys.executable, ROOT / "bench.py", "--device", "cuda", *python_options(pythons)]
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("bench.py: error: PyTorch sees no CUDA GPU")
+    environment = {**os.environ, "OVERLOCK_TESTS": "torch", "OVERLOCK_DEVICE": "cuda"}
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_ops.py"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 2 and "here that is OVERLOCK_DEVICE=cpu" in result.stdout
 
 
 def test_align_measures_steps_by_the_largest_of_several_perturbed_runs():

@@ -7,7 +7,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 from reference_weights import formula, projection
-from under_test import module
+from under_test import module, place
 
 checkpoint, contmix_block = module("checkpoint"), module("contmix_block")
 ContMixBlock = contmix_block.ContMixBlock
@@ -29,7 +29,7 @@ def shapes(block):
 
 
 def with_formula_weights(**kwargs):
-    block = ContMixBlock(**kwargs)
+    block = place(ContMixBlock(**kwargs))
     weights = {key: formula(key, shape) for key, shape in shapes(block).items()}
     checkpoint.load_model(block, weights, "formula")
     return block
@@ -89,7 +89,7 @@ def test_reparam_keeps_the_outputs(impl):
 
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 5), (5, 3), (2, 20), (7, 7), (15, 40)])
 def test_a_map_of_any_size(impl, height, width):
-    block = ContMixBlock(dim=16)
+    block = place(ContMixBlock(dim=16))
     block.eval()
     with impl.no_grad():
         output = impl.numpy(block(impl.array(normal(2, 16, height, width))))
@@ -109,7 +109,8 @@ def test_initial_weights_follow_the_seed():
 
 def test_norm_layer_is_the_callers(impl):
     """Here BatchNorm, whose statistics are new keys."""
-    block = ContMixBlock(dim=16, norm_layer=module("layers").BatchNorm2d, use_gemm=True)
+    norm_layer = module("layers").BatchNorm2d
+    block = place(ContMixBlock(dim=16, norm_layer=norm_layer, use_gemm=True))
     assert {"norm1.running_mean", "norm2.running_var"} <= set(shapes(block))
     block.train()
     output = impl.numpy(block(impl.array(normal(2, 16, 8, 8))))
@@ -120,7 +121,7 @@ def test_layer_scale_acts_on_the_branches_or_on_the_shortcuts(impl):
     """At 0 it takes the branches away, or with res_scale the shortcuts."""
     x = impl.array(normal(2, 16, 8, 8))
     for res_scale in (False, True):
-        block = ContMixBlock(dim=16, ls_init_value=0, res_scale=res_scale)
+        block = place(ContMixBlock(dim=16, ls_init_value=0, res_scale=res_scale))
         block.eval()
         output = impl.numpy(block(x))
         shortcuts = impl.numpy(block.dwconv2(block.dwconv1(x)))

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from jittor_impl.aligned import start
+from jittor_impl import program, train
+from jittor_impl.aligned import gpu, start
 from jittor_impl.aligned.setup import cuda_toolkit, patch_jittor
 
 SCRIPT = Path(patch_jittor.__file__)
@@ -118,8 +120,8 @@ def choose(tmp_path, monkeypatch):
             monkeypatch.setenv("nvcc_path", chosen)
         for module in (start, cuda_toolkit):
             monkeypatch.setattr(module, "device_count", lambda: gpus)
-            monkeypatch.setattr(module, "driver_version", lambda: driver)
-        monkeypatch.setattr(cuda_toolkit, "compute_capability", lambda: capability)
+            monkeypatch.setattr(module, "driver_version", lambda: (driver, 0))
+        monkeypatch.setattr(cuda_toolkit, "compute_capability", lambda number: capability)
         monkeypatch.setattr(start, "packaged_nvcc", lambda home: packaged)
         nvccs = nvcc if isinstance(nvcc, list) else [nvcc] if nvcc else []
         for name in ("system_nvccs", "nvcc_paths"):
@@ -280,7 +282,7 @@ def test_packages_of_nvidia_become_a_toolkit(tmp_path, monkeypatch):
         root = Path(nvcc).parent.parent
         assert f"of {environment}" in subprocess.run([nvcc], capture_output=True, text=True).stdout
         assert cuda_toolkit.toolkit_version(nvcc) == (13, 0, 88)
-        assert cuda_toolkit.cudnn_version(nvcc) == 9
+        assert cuda_toolkit.cudnn_version(nvcc) == (9,)
         for name, target in (
             ("include/crt/host_defines.h", "cu13/include/crt/host_defines.h"),
             ("lib64/libcudart.so", "cu13/lib/libcudart.so.13"),
@@ -299,3 +301,92 @@ def test_an_incomplete_set_of_packages_is_no_toolkit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(metadata, "files", files)
     assert cuda_toolkit.packaged_nvcc(tmp_path) is None
+
+
+# A driver of CUDA 13.1 with an RTX 4090 and a T4.
+DRIVER = """
+#include <string.h>
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int number) { *device = number; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    *value = attribute == 75 ? device ? 7 : 8 : attribute == 76 ? device ? 5 : 9 : 0;
+    return 0;
+}
+int cuDeviceGetName(char *name, int size, int device) {
+    strncpy(name, device ? "Tesla T4" : "NVIDIA GeForce RTX 4090", size);
+    return 0;
+}
+int cuDriverGetVersion(int *version) { *version = 13010; return 0; }
+"""
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """A machine with DRIVER, a toolkit and a cuDNN; what Jittor's cuDNN is told is in the list."""
+    library = tmp_path / "libcuda.so"
+    (tmp_path / "driver.c").write_text(DRIVER)
+    command = ["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"]
+    subprocess.run(command, check=True)
+    driver, told = ctypes.CDLL(str(library)), []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: {"libcuda.so.1": driver}[name])
+    nvcc = Path(fake_toolkit(tmp_path / "cuda", "13.0", 9))
+    with open(nvcc.parents[1] / "include" / "cudnn_version.h", "a") as header:
+        header.write(
+            "#define CUDNN_MINOR 13\n#define CUDNN_PATCHLEVEL 0\n#define CUDNN_VERSION 1\n"
+        )
+    monkeypatch.setenv("nvcc_path", str(nvcc))
+    cudnn = SimpleNamespace(
+        set_max_workspace_ratio=lambda ratio: told.append(("ratio", ratio)),
+        set_algorithm_cache_size=lambda size: told.append(("size", size)),
+    )
+    jt = SimpleNamespace(has_cuda=True, flags=SimpleNamespace(), cudnn=cudnn)
+    for module in (gpu, program):
+        monkeypatch.setattr(module, "jt", jt)
+    return told
+
+
+def choose_device(*options):
+    return program.choose_device(train.make_parser().parse_args(options))
+
+
+def test_what_the_log_says_of_a_gpu(gpus):
+    assert cuda_toolkit.oldest_capability() == 75 and cuda_toolkit.gpu_name(1) == "Tesla T4"
+    says = "NVIDIA GeForce RTX 4090, compute capability 8.9, driver for CUDA 13.1, CUDA 13.0.48, "
+    for options in ((), ("--device", "cuda", "--tf32", "off")):
+        assert choose_device(*options) == says + "cuDNN 9.13.0, TF32 off"
+    assert gpus[:2] == [("ratio", 0.05), ("size", 1000)]
+
+
+def test_tf32_is_off_unless_the_program_starts_again_with_it(gpus, monkeypatch):
+    """cuDNN reads the environment once, when Jittor loads it."""
+    started = []
+
+    def execv(program, words):
+        started.append((words, os.environ.get("OVERLOCK_TF32")))
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.delenv("OVERLOCK_TF32", raising=False)
+    words = [sys.executable, *sys.orig_argv[1:]]
+    assert choose_device().endswith("TF32 off") and not started
+    with pytest.raises(SystemExit):
+        choose_device("--tf32", "on")
+    assert started.pop() == (words, "1")
+    assert choose_device("--tf32", "on").endswith("TF32 on") and not started
+    with pytest.raises(SystemExit):  # a program that was started by one with TF32
+        choose_device()
+    assert started.pop() == (words, None)
+    with pytest.raises(train.InputError, match="--tf32 on needs a GPU of compute capability 8.0"):
+        choose_device("--tf32", "on", "--device", "cpu")
+    monkeypatch.setattr(gpu, "compute_capability", lambda number: 75)
+    with pytest.raises(train.InputError, match="leave it out"):
+        choose_device("--tf32", "on")
+    monkeypatch.delenv("OVERLOCK_TF32", raising=False)
+    for variable, expected in (({}, "0"), ({"OVERLOCK_TF32": "1"}, "None")):
+        code = "import os; from jittor_impl.aligned import start"
+        code += "; print(os.environ.get('NVIDIA_TF32_OVERRIDE'))"
+        settings = dict(capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        environment = {**os.environ, "nvcc_path": "", "NVIDIA_TF32_OVERRIDE": "1", **variable}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, **settings)
+        assert result.stdout.split() == [expected], result.stderr

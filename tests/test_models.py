@@ -8,12 +8,12 @@ from zlib import crc32
 import numpy as np
 import pytest
 from reference_weights import formula, projection
-from under_test import module
+from under_test import DEVICE, module, place
 
 train, checkpoint, models = module("train"), module("checkpoint"), module("models")
 load_model, model_arrays = checkpoint.load_model, checkpoint.model_arrays
 trainable = checkpoint.trainable
-DEFAULTS = train.make_parser().parse_args(["--device", "cpu"])
+DEFAULTS = train.make_parser().parse_args(["--device", DEVICE])
 REFERENCE = Path(__file__).parent / "reference"
 CASES = [("overlock_xxt", "64x64"), ("overlock_xxt", "96x160"), ("overlock_xt", "224x224")]
 
@@ -28,7 +28,7 @@ def normal(*shape):
 
 
 def build(variant, **kwargs):
-    return models.OverLoCK(**models.VARIANTS[variant], **kwargs)
+    return place(models.OverLoCK(**models.VARIANTS[variant], **kwargs))
 
 
 def with_formula_weights(variant, **kwargs):
@@ -130,7 +130,7 @@ def test_weight_decay_is_applied():
     """
     model = build("overlock_xxt", num_classes=2)
     before = model_arrays(model)["high_level_proj.weight"]
-    options = ["--lr", "1e-3", "--weight-decay", "100", "--device", "cpu"]
+    options = ["--lr", "1e-3", "--weight-decay", "100", "--device", DEVICE]
     args = train.make_parser().parse_args(options)
     optimizer = train.make_optimizer(model, args)
     model.train()
@@ -289,7 +289,8 @@ def test_training_after_inference_mode(impl):
     if impl.name != "torch":
         pytest.skip("Jittor has no inference_mode")
     model = build("overlock_xxt", num_classes=2)
-    images = impl.torch.zeros(1, 3, 96, 64)  # maps that no test before had
+    # Maps that no test before had.
+    images = impl.torch.zeros(1, 3, 96, 64, device=impl.device)
     with impl.torch.inference_mode():
         model.eval()(images)
     model.eval()(images).sum().backward()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from under_test import DEVICE
 
 TESTS = Path(__file__).parent
 RESULTS = ("out", "grad_attn", "grad_value")
@@ -117,6 +118,8 @@ def test_natten_itself(impl):
     backend = impl.module("kernels.backend")
     if backend.natten_na2d_av is None:
         pytest.skip("NATTEN is not installed")
+    if DEVICE == "cuda" and not backend.natten_has_cuda():
+        pytest.skip("NATTEN was built without CUDA")
     generator = np.random.default_rng(1)
     for _ in range(12):
         K = int(generator.choice([3, 5, 7, 9, 13]))
@@ -168,13 +171,18 @@ def cuda_calls(impl, dtype, monkeypatch):
         outputs.append(functions.LayerNormFunction.apply(x, norm.weight, norm.bias, 1e-6))
         gamma, beta = (jt.zeros((1, 3, 1, 1), of_parameters) for _ in range(2))
         outputs.append(functions.GRNFunction.apply(x, gamma, beta))
+    outputs.append(functions.adaptive_avg_pool2d(x, (7, 7)))
     assert all(out.dtype == dtype for out in outputs)
     for out in outputs:
         jt.grad(out.float32().sum(), [x, attn, value])
+    parameters = [jt.ones(3, dtype) for _ in range(33)]
+    optimizer = impl.module("aligned.optim").AdamW(parameters, lr=1)
+    optimizer.step(sum((p * p).sum() for p in parameters))
     monkeypatch.undo()
     # na2d_av and its two gradients; depthwise convolution and the gradient of its weight, with bias
-    # and without (the gradient of x is a convolution without); three norms and their gradients.
-    assert len(calls) == 3 + 4 + (6 if dtype == "float32" else 12)
+    # and without (the gradient of x is a convolution without); three norms and their gradients;
+    # pooling, whose gradient is the same call; AdamW of 32 parameters and of one.
+    assert len(calls) == 3 + 4 + (6 if dtype == "float32" else 12) + 1 + 2
     return calls
 
 
@@ -192,10 +200,13 @@ def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
     headers = ("cuda_bf16.h", "cuda_fp16.h", "map", "string")
     lines = [f"#include <{header}>" for header in headers]
     lines += dict.fromkeys(line for header, *_ in calls for line in header.splitlines())
+    lines.append("struct Var { long num; };")  # as far as the code knows Jittor's
     for i, (_, code, inputs, outputs) in enumerate(calls):
         names = [f"in{k}_p" for k in range(len(inputs))]
         names += [f"out{k}_p" for k in range(len(outputs))]
         types = [CUDA_TYPES[dtype] for dtype in inputs + outputs]
+        types += ["Var"] * len(inputs)
+        names += [f"in{k}" for k in range(len(inputs))]
         arguments = ", ".join(f"{type_}* {name}" for type_, name in zip(types, names))
         head = f"void call{i}({arguments}, std::map<std::string, double>& data)"
         lines.append(f"{head} {{ typedef {types[0]} in0_type; {code} }}")

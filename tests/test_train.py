@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from under_test import module
+from under_test import DEVICE, cpu_only, module
 
 train, run_files = module("train"), module("run_files")
 read_checkpoint = module("checkpoint").read_checkpoint
@@ -76,7 +76,8 @@ def test_files_of_a_run(impl, finished):
         assert row["train_loss"] == pytest.approx(loss)
         assert 0 <= row["acc_top1"] <= row["acc_top5"] == 1
     text = (output / f"log{impl.suffix}.txt").read_text()
-    for words in ("NumPy", "CPU", '"batch_size": 16', "parameters", "n01 n02 n03", "epoch 3/3"):
+    assert ("; CPU, " in text) == (DEVICE == "cpu")
+    for words in ("NumPy", '"batch_size": 16', "parameters", "n01 n02 n03", "epoch 3/3"):
         assert words in text and words in result.stdout
     model, optimizer, run_info, _ = read_checkpoint(output / f"last{impl.suffix}.safetensors")
     assert run_info["epoch"] == 3 and run_info["step"] == 9 and run_info["args"]["seed"] == 0
@@ -88,6 +89,11 @@ def test_files_of_a_run(impl, finished):
     assert not list(output.glob("*.tmp"))
 
 
+# Sums are added in the order in which a GPU's threads come.
+bit_for_bit = cpu_only("no bit repeats on a GPU")
+
+
+@bit_for_bit
 def test_same_seed_same_numbers(impl, command, dataset, finished, tmp_path):
     options = [*SIZES, "--data-dir", dataset, "--epochs", 1, "--output", tmp_path, "--no-progress"]
     result = run(command, *options)
@@ -96,38 +102,49 @@ def test_same_seed_same_numbers(impl, command, dataset, finished, tmp_path):
     assert rows(tmp_path / f"log{impl.suffix}.csv") == expected
 
 
-def test_kill_and_resume_gives_the_numbers_of_an_unbroken_run(
-    impl, command, dataset, finished, tmp_path
-):
-    options = [*SIZES, "--data-dir", dataset, "--epochs", 3, "--output", tmp_path]
+@pytest.fixture(scope="module")
+def resumed(impl, command, dataset, tmp_path_factory):
+    """The folder of the run of `finished`, killed in its second epoch and resumed."""
+    output = tmp_path_factory.mktemp("resumed")
+    options = [*SIZES, "--data-dir", dataset, "--epochs", 3, "--output", output]
     process = subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("epoch 2/3") and "images," in line:  # in the middle of the second epoch
             process.kill()
             break
     process.wait()
-    assert len(rows(tmp_path / f"log{impl.suffix}.csv")) == 1
+    assert len(rows(output / f"log{impl.suffix}.csv")) == 1
     # The worst moment: the last checkpoint is new, the CSV and the text log are not yet, and a
     # temporary file is half written.
     of_epochs = ("epoch 1/", "1", "2", "3")
     for name in ("csv", "txt"):
-        path = tmp_path / f"log{impl.suffix}.{name}"
+        path = output / f"log{impl.suffix}.{name}"
         lines = path.read_text().splitlines(True)
         path.write_text("".join(line for line in lines if not line.startswith(of_epochs)))
-    (tmp_path / f"last{impl.suffix}.safetensors.tmp").write_bytes(b"half")
-
+    (output / f"last{impl.suffix}.safetensors.tmp").write_bytes(b"half")
     result = run(command, *options, "--resume")
     assert result.returncode == 0, result.stderr
-    expected = finished[0]
-    assert rows(tmp_path / f"log{impl.suffix}.csv") == rows(expected / f"log{impl.suffix}.csv")
-    last = f"last{impl.suffix}.safetensors"
-    resumed, unbroken = read_checkpoint(tmp_path / last), read_checkpoint(expected / last)
-    for actual, wanted in zip(resumed[:2], unbroken[:2]):
-        assert actual.keys() == wanted.keys()
-        assert all(np.array_equal(actual[key], wanted[key]) for key in wanted)
-    text = (tmp_path / f"log{impl.suffix}.txt").read_text()
+    return output
+
+
+def test_kill_and_resume_gives_the_epochs_of_an_unbroken_run(impl, resumed):
+    table = rows(resumed / f"log{impl.suffix}.csv")
+    assert [row["epoch"] for row in table] == ["1", "2", "3"]
+    assert all(np.isfinite(float(value)) for row in table for value in row.values())
+    text = (resumed / f"log{impl.suffix}.txt").read_text()
     assert "resumed from" in text
     assert all(text.count(f"epoch {epoch}/3: train loss") == 1 for epoch in (1, 2, 3))
+
+
+@bit_for_bit
+def test_kill_and_resume_gives_the_numbers_of_an_unbroken_run(impl, resumed, finished):
+    expected = finished[0]
+    assert rows(resumed / f"log{impl.suffix}.csv") == rows(expected / f"log{impl.suffix}.csv")
+    last = f"last{impl.suffix}.safetensors"
+    actual, unbroken = read_checkpoint(resumed / last), read_checkpoint(expected / last)
+    for ours, wanted in zip(actual[:2], unbroken[:2]):
+        assert ours.keys() == wanted.keys()
+        assert all(np.array_equal(ours[key], wanted[key]) for key in wanted)
 
 
 def start_until(words, line_start, **options):
@@ -255,6 +272,28 @@ train.main()
     ):
         words = [command[0], "-c", code.replace("ERROR", error), command[1]]
         one_line(run(words, *options), "out of memory; lower --batch-size")
+
+
+# How Jittor, PyTorch, cuBLAS and cuDNN say it of a GPU, and what is something else.
+MEMORY = [
+    ("Unable to alloc cuda device memory for size 1073741824", True),
+    ("GPU memory is overflow, please reduce your batch_size or data size!", True),
+    ("CUDA error at x.cc:25 code=2( cudaErrorMemoryAllocation ) cudaMalloc(&ptr, size)", True),
+    ("CUDA error at x.cc:36 code=3( CUBLAS_STATUS_ALLOC_FAILED ) cublasCreate(&handle)", True),
+    ("CUDA error at x.cc:31 code=1003( CUDNN_STATUS_ALLOC_FAILED ) cudnnCreate(&handle)", True),
+    ("CUDA kernel adamw_kernel did not start: out of memory", True),
+    ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB", True),
+    ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+    ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+    ("CUDA error: an illegal memory access was encountered", False),
+    ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", False),
+]
+
+
+@pytest.mark.parametrize("text, is_memory", MEMORY)
+def test_memory_of_a_gpu_that_runs_out_is_known(text, is_memory):
+    assert module("errors").is_out_of_memory(RuntimeError(text)) == is_memory
 
 
 def test_an_earlier_run_is_set_aside(impl, command, dataset, tmp_path):
@@ -443,6 +482,52 @@ def test_a_gpu_that_pytorch_cannot_use_is_named(
         assert args.device == ("cuda" if seen and not says else "cpu")
         err = capsys.readouterr().err
         assert not err if not says else err.count("\n") == 1 and "running on the CPU" in err
+
+
+def test_what_the_log_says_of_a_gpu(impl, monkeypatch):
+    if impl.name != "torch":
+        pytest.skip("about PyTorch; test_cuda_setup.py has Jittor's")
+    device, program, torch = impl.module("kernels.device"), impl.module("program"), impl.torch
+    capability, version = (9, 0), 91300
+    monkeypatch.setattr(program, "cuda_problem", lambda: None)
+    monkeypatch.setattr(device, "driver_version", lambda: (13, 1))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+
+    def choose_device(*options):
+        return program.choose_device(train.make_parser().parse_args(options))
+
+    says = (
+        "NVIDIA H100, compute capability 9.0, driver for CUDA 13.1, CUDA 13.0, cuDNN 9.13.0, TF32 "
+    )
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for options, tf32 in (((), "off"), (("--tf32", "on"), "on"), (("--tf32", "off"), "off")):
+            backends[1].allow_tf32 = True  # as in NVIDIA's containers
+            assert choose_device(*options) == f"{says}TF32 {tf32}"
+            assert [backend.allow_tf32 for backend in backends] == [tf32 == "on", False]
+        version = 8907
+        assert "cuDNN 8.9.7, TF32 off" in choose_device()
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
+    with pytest.raises(train.InputError, match="--tf32 on needs a GPU of compute capability 8.0"):
+        choose_device("--tf32", "on", "--device", "cpu")
+    capability = (7, 5)
+    with pytest.raises(train.InputError, match="leave it out"):
+        choose_device("--tf32", "on")
+
+
+def test_channels_last_is_for_a_cpu(impl):
+    """On a GPU PyTorch would take cuDNN for depthwise convolutions, whatever the others gain."""
+    if impl.name != "torch":
+        pytest.skip("Jittor's maps are contiguous")
+    memory_format, torch = impl.module("kernels.device").memory_format, impl.torch
+    assert memory_format("cpu") == memory_format(torch.device("cpu")) == torch.channels_last
+    assert memory_format("cuda") == memory_format(torch.device("cuda:1")) == torch.contiguous_format
 
 
 def test_natten_without_cuda_does_not_run_on_a_gpu(impl, monkeypatch):

@@ -1,6 +1,6 @@
 """The framework under test: OVERLOCK_TESTS (jittor or torch), else the one that is installed.
 
-tests/run.py sets OVERLOCK_TESTS.
+tests/run.py sets OVERLOCK_TESTS. Where it computes is OVERLOCK_DEVICE: cpu, as by default, or cuda.
 """
 
 import os
@@ -8,8 +8,15 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import numpy as np
+import pytest
 
 NAME = os.environ.get("OVERLOCK_TESTS") or ("jittor" if find_spec("jittor") else "torch")
+DEVICE = os.environ.get("OVERLOCK_DEVICE", "cpu")
+
+
+def cpu_only(reason):
+    """A mark: skip the test on a GPU, for this reason."""
+    return pytest.mark.skipif(DEVICE == "cuda", reason=reason)
 
 
 def save_weights(path, arrays, prefix=""):
@@ -17,6 +24,11 @@ def save_weights(path, arrays, prefix=""):
     checkpoint = module("checkpoint")
     arrays = {f"{prefix}{k}": np.ascontiguousarray(v).reshape(v.shape) for k, v in arrays.items()}
     checkpoint.write_atomic(path, checkpoint.save(arrays))
+
+
+def place(model):
+    """The model on the device under test; Jittor's arrays are where its operators run."""
+    return model.to(DEVICE) if NAME == "torch" else model
 
 
 def module(name):

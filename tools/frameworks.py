@@ -16,14 +16,40 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
-class Jittor:
-    name, suffix, dtype = "jittor", "", np.float32
+class Adapter:
+    """What does not differ. `options` are further ones of train.py, such as ("--na2d", "dense")."""
 
-    def __init__(self):
-        self.jt = self.module("aligned.start").jt
+    def __init__(self, device, options):
+        """Raises SystemExit with one line where the framework cannot use the device."""
+        self.device, self.options = device, options
+        try:
+            self.module("program").choose_device(self.train_args())
+        except self.module("errors").InputError as error:
+            sys.exit(str(error))
 
     def module(self, name):
-        return import_module(f"jittor_impl.{name}")
+        return import_module(f"{self.name}_impl.{name}")
+
+    def train_args(self, *options):
+        """train.py's arguments for these options, on the adapter's device."""
+        words = ["--device", self.device, *self.options, *options]
+        return self.module("train").make_parser().parse_args(words)
+
+
+class Jittor(Adapter):
+    name, suffix, dtype = "jittor", "", np.float32
+
+    def __init__(self, device="cpu", options=()):
+        super().__init__(device, options)
+        self.jt = self.module("aligned.start").jt
+
+    def place(self, module):
+        """The module on the device: here, all are where the operators run."""
+        return module
+
+    def synchronize(self):
+        """Wait for the device."""
+        self.jt.sync_all(device_sync=self.device == "cuda")
 
     def array(self, x):
         return self.jt.array(x.astype(np.int32) if x.dtype == np.int64 else x)
@@ -81,28 +107,35 @@ class Jittor:
         return ctypes.CDLL("libgomp.so.1").omp_get_max_threads()
 
 
-class Torch:
+class Torch(Adapter):
     name, suffix = "torch", "_torch"
 
-    def __init__(self, dtype=np.float32, na2d="auto"):
+    def __init__(self, device="cpu", options=(), dtype=np.float32):
+        super().__init__(device, options)
         import torch
 
         self.torch, self.dtype = torch, dtype
-        self.module("kernels.backend").set_na2d_backend(na2d)
 
-    def module(self, name):
-        return import_module(f"torch_impl.{name}")
+    def place(self, module):
+        """The module on the device."""
+        return module.to(self.device)
+
+    def synchronize(self):
+        """Wait for the device."""
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
 
     def array(self, x):
-        x = self.torch.from_numpy(np.array(x))
+        x = self.torch.from_numpy(np.array(x)).to(self.device)
         return x.requires_grad_() if x.is_floating_point() else x
 
     def feature_map(self, x):
         """(B, C, H, W), laid out in memory as the maps inside the network are."""
-        return self.array(x).contiguous(memory_format=self.torch.channels_last)
+        layout = self.module("kernels.device").memory_format(self.device)
+        return self.array(x).contiguous(memory_format=layout)
 
     def numpy(self, x):
-        return x.detach().numpy()
+        return x.detach().cpu().numpy()
 
     def is_array(self, x):
         return self.torch.is_tensor(x)
@@ -112,12 +145,12 @@ class Torch:
 
     def gradients(self, output, grad_output, inputs):
         """Those of sum(output * grad_output) by `inputs`."""
-        grad_output = self.torch.from_numpy(np.array(grad_output))
-        return [grad.numpy() for grad in self.torch.autograd.grad(output, inputs, grad_output)]
+        grads = self.torch.autograd.grad(output, inputs, self.array(grad_output))
+        return [grad.cpu().numpy() for grad in grads]
 
     def step_gradients(self, optimizer, parameters):
         """Those that the optimizer's last step used."""
-        return [parameter.grad.numpy() for parameter in parameters]
+        return [parameter.grad.cpu().numpy() for parameter in parameters]
 
     def record(self, module, store):
         """Call store(output) after each call of `module`."""
@@ -130,8 +163,7 @@ class Torch:
 
     def run_inference(self, model, images):
         with self.torch.inference_mode():
-            images = self.torch.from_numpy(images)
-            model(images.contiguous(memory_format=self.torch.channels_last))
+            model(self.feature_map(images))
 
     def fold_batch_norms(self, model):
         """Fold each into the convolution before it, for a model in evaluation mode."""
@@ -148,6 +180,6 @@ class Torch:
         return self.torch.get_num_threads()
 
 
-def load(name):
+def load(name, device="cpu", options=()):
     """The adapter of "jittor" or "torch"."""
-    return Jittor() if name == "jittor" else Torch()
+    return (Jittor if name == "jittor" else Torch)(device, options)

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import permute
 from torch.nn.functional import linear
 from .ops import na2d_av
 
@@ -42,7 +43,7 @@ def mixed_kernels(query, key, proj, rpb1, rpb2):
     B, _, H, W = query.shape
     heads, k1, k2 = rpb1.shape[0], (rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2
     # (B, dim/2, H, W) -> (B, heads, dim/2/heads, H*W) -> (B, heads, H*W, dim/2/heads)
-    query = query.reshape(B, heads, -1, H * W).transpose(2, 3)
+    query = permute(query.reshape(B, heads, -1, H * W), (0, 1, 3, 2))
     # (B, dim/2, S, S) -> (B, heads, dim/2/heads, S*S)
     key = key.reshape(B, heads, query.shape[3], -1)
     affinity = query @ key  # (B, heads, H*W, S*S)
@@ -95,8 +96,9 @@ def contmix(query, key, proj, rpb1, rpb2, x):
         )
     _, attn1, attn2 = mixed_kernels(query, key, proj, rpb1, rpb2)
     # (B, dim, H, W) -> (B, 2, heads, dim/2/heads, H, W) -> (2, B, heads, H, W, dim/2/heads)
-    value = x.reshape(B, 2, heads, -1, H, W).permute(1, 0, 2, 4, 5, 3)
+    value = permute(x.reshape(B, 2, heads, -1, H, W), (1, 0, 2, 4, 5, 3))
     x1 = na2d_av(attn1, value[0], k1)
     x2 = na2d_av(attn2, value[1], k2)
-    x = torch.cat([x1, x2], dim=1).permute(0, 1, 4, 2, 3)  # (B, 2*heads, dim/2/heads, H, W)
+    x = torch.cat([x1, x2], dim=1)  # (B, 2*heads, H, W, dim/2/heads)
+    x = permute(x, (0, 1, 4, 2, 3))  # (B, 2*heads, dim/2/heads, H, W)
     return x.reshape(B, C, H, W)  # (B, 2*heads, dim/2/heads, H, W) -> (B, dim, H, W)

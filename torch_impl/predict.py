@@ -25,6 +25,7 @@ from .checkpoint import load_whole_model, read_checkpoint
 from .class_names import read_class_names
 from .errors import InputError
 from .images import SUFFIXES, images_below, normalise, read_photo
+from .kernels.device import memory_format
 from .program import ArgumentParser, add_device_options, choose_device, number, run_program
 from .progress import say
 
@@ -188,7 +189,7 @@ def predict(args):
     paths = find_images(args.images)
     arrays, _, run, notes = read_checkpoint(args.checkpoint, args.use_ema)
     model, _ = load_whole_model(arrays, args.checkpoint)
-    model.to(args.device, memory_format=torch.channels_last)
+    model.to(args.device, memory_format=memory_format(args.device))
     ids, names = class_names(run, model.num_classes, args)
     size = image_size(run, args.img_size, args.crop_pct)
     for note in notes:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from .errors import InputError, is_out_of_memory, stop
 from .kernels import backend
-from .kernels.device import cuda_problem, driver_version
+from .kernels.device import cuda_problem, describe_gpu, driver_version, has_tf32, prepare_gpu
 from .progress import say
 
 
@@ -43,6 +43,8 @@ def number(kind, minimum, exclusive=False, maximum=None):
 def add_device_options(parser):
     devices, of_auto = ("auto", "cpu", "cuda"), "auto takes the GPU if there is one"
     parser.add_argument("--device", choices=devices, default="auto", help=of_auto)
+    of_tf32 = "convolutions in TF32, on a GPU that has it; auto is off"
+    parser.add_argument("--tf32", choices=("auto", "on", "off"), default="auto", help=of_tf32)
     parser.add_argument("--na2d", choices=backend.BACKENDS, default="auto", help=backend.HELP)
 
 
@@ -59,8 +61,12 @@ def choose_device(args):
         backend.set_na2d_backend(args.na2d, args.device)
     except ValueError as error:
         raise InputError(f"--na2d {args.na2d}: {error}") from None
+    tf32 = args.tf32 == "on"
+    if tf32 and (args.device == "cpu" or not has_tf32()):
+        raise InputError("--tf32 on needs a GPU of compute capability 8.0 or newer; leave it out")
     if args.device == "cuda":
-        return torch.cuda.get_device_name()
+        prepare_gpu(tf32)
+        return f"{describe_gpu()}, TF32 {'on' if tf32 else 'off'}"
     return f"CPU, {torch.get_num_threads()} threads"
 
 

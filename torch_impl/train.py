@@ -39,6 +39,7 @@ from .dataset import PUBLISHED, Crops, find_classes, is_tiny_imagenet, load
 from .ema import ModelEma
 from .errors import InputError
 from .export import export
+from .kernels.device import memory_format
 from .loader import default_workers
 from .program import ArgumentParser, add_device_options, choose_device, number, run_program
 from .progress import Progress, say
@@ -146,8 +147,7 @@ def make_model(args, merged=False):
     variant = models.VARIANTS[args.model]
     of_args = dict(num_classes=args.num_classes, seed=args.seed, drop_path_rate=args.drop_path)
     model = models.OverLoCK(**variant, **of_args, deploy=merged)
-    # Channels last: PyTorch's convolutions are faster so, on a CPU as on a GPU.
-    return model.to(args.device, memory_format=torch.channels_last)
+    return model.to(args.device, memory_format=memory_format(args.device))
 
 
 def make_optimizer(model, args):

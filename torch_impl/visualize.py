@@ -28,6 +28,7 @@ from .contmix import contmix, mixed_kernels
 from .dataset import Crops, find_classes, load
 from .errors import InputError
 from .images import centre_crop, normalise, read_photo
+from .kernels.device import memory_format
 from .predict import class_names, find_images, image_size, softmax
 from .program import ArgumentParser, add_device_options, choose_device, number, run_program
 from .progress import say
@@ -118,7 +119,7 @@ def choose_images(model, run, args):
 def on_device(model, args):
     """The model in evaluation mode, where args.device says."""
     model.eval()
-    return model.to(args.device, memory_format=torch.channels_last)
+    return model.to(args.device, memory_format=memory_format(args.device))
 
 
 def to_device(model, images):

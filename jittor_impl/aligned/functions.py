@@ -313,16 +313,20 @@ def merged_depthwise(x, branches, activation=None):
 
 
 class SeparableFunction(jt.Function):
-    """rows @ x @ cols.T: x (B, C, H, W), constants rows (h, H) and cols (w, W) -> (B, C, h, w)."""
+    """rows @ x @ cols.T: x (B, C, H, W), constants rows (h, H) and cols (w, W) -> (B, C, h, w).
 
-    headers = ("lanes.h", "product.h", "separable_cpu.h"), ()
+    Pooling and interpolation are linear and act on each axis by itself. As two products with small
+    constant matrices they are exact to rounding, gradients included, and need no scatter backward.
+    """
+
+    headers = ("lanes.h", "product.h", "separable_cpu.h"), ("cuda_launch.h", "separable_cuda.h")
 
     def execute(self, x, rows, cols):
-        self.matrices, self.shape = (rows, cols), x.shape
+        self.matrices, self.shape, self.dtype = (rows, cols), x.shape, x.dtype
         return self.run(x, (*x.shape[:2], rows.shape[0], cols.shape[0]), transposed=False)
 
     def grad(self, grad_out):
-        return self.run(grad_out, self.shape, transposed=True), None, None
+        return self.run(cast(grad_out, self.dtype), self.shape, transposed=True), None, None
 
     def run(self, x, shape, transposed):
         B, C, H, W = x.shape
@@ -337,29 +341,12 @@ class SeparableFunction(jt.Function):
         return launch("separable", self.headers, [x, *self.matrices], [(shape, x.dtype)], sizes)[0]
 
 
-def separable(x, rows, cols):
-    """rows @ x @ cols.T: (B, C, H, W), (h, H), (w, W) -> (B, C, h, w).
-
-    Pooling and interpolation are linear and act on each axis by itself. As two products with small
-    constant matrices they are exact to rounding, gradients included, and need no scatter backward.
-    """
-    if has_kernel(SeparableFunction):
-        return SeparableFunction.apply(x, rows, cols)
-    B, C, H, W = x.shape
-    h, w = rows.shape[0], cols.shape[0]
-    # (B, C, H, W) -> (B*C*H, W) -> (B*C*H, w)
-    x = jt.matmul(x.reshape(B * C * H, W), cols.transpose(0, 1))
-    # (B*C*H, w) -> (B*C, H, w) -> (B*C, w, H) -> (B*C*w, H)
-    x = x.reshape(B * C, H, w).transpose(1, 2).reshape(B * C * w, H)
-    x = jt.matmul(x, rows.transpose(0, 1))  # (B*C*w, h)
-    return x.reshape(B, C, w, h).transpose(2, 3)  # (B*C*w, h) -> (B, C, w, h) -> (B, C, h, w)
-
-
 def adaptive_avg_pool2d(x, size):
     """torch.nn.functional.adaptive_avg_pool2d: (B, C, H, W) -> (B, C, *size)."""
     if tuple(size) == (1, 1):
         return x.mean((2, 3), keepdims=True)  # (B, C, 1, 1)
-    return separable(x, pooling_matrix(x.shape[2], size[0]), pooling_matrix(x.shape[3], size[1]))
+    matrices = (pooling_matrix(n, out) for n, out in zip(x.shape[2:], size))
+    return SeparableFunction.apply(x, *matrices)
 
 
 def interpolate(x, size, mode, align_corners):
@@ -371,7 +358,16 @@ def interpolate(x, size, mode, align_corners):
         raise ValueError(
             f"interpolate: only bilinear with align_corners=False, got {mode}, {align_corners}"
         )
-    return separable(x, bilinear_matrix(x.shape[2], size[0]), bilinear_matrix(x.shape[3], size[1]))
+    matrices = (bilinear_matrix(n, out) for n, out in zip(x.shape[2:], size))
+    return SeparableFunction.apply(x, *matrices)
+
+
+def permute(x, axes):
+    """torch.permute. On a GPU by the operator that has a version for it, whichever axes move.
+
+    Jittor's x.permute has none where the last axis moves, and would go by way of the host.
+    """
+    return jt.fuse_transpose(x, axes) if on_gpu() else x.permute(axes)
 
 
 def constant(array):

@@ -1,4 +1,4 @@
-"""AdamW as a few CPU kernels.
+"""AdamW as a few kernels.
 
 Jittor's own makes six operators of every parameter, and XXT has 524 parameters.
 """
@@ -7,7 +7,7 @@ from functools import cache
 from itertools import groupby
 
 from .foreach import clip_grad_norm
-from .launch import has_kernel, run_code
+from .launch import on_gpu, run_code
 from .start import jt
 
 GROUP = 32  # parameters to a kernel, as many as compile in a second
@@ -17,37 +17,42 @@ NUMBERS = ("decay", "gain1", "beta2", "gain2", "step_size", "correction", "eps")
 
 @cache
 def kernel_code(n):
-    """The kernel for n parameters.
+    """The kernel for n parameters, for CPU and GPU.
 
     Inputs are n parameters, n gradients, n first and n second moments; outputs all but gradients.
     """
     numbers = ", ".join(f'(float)data["{name}"]' for name in NUMBERS)
-    calls = "".join(
-        f"overlock::adamw(in{i}_p, in{n + i}_p, in{2 * n + i}_p, in{3 * n + i}_p, "
-        f"out{i}_p, out{n + i}_p, out{2 * n + i}_p, in{i}->num, a);\n"
+    arrays = [
+        f"in{i}_p, in{n + i}_p, in{2 * n + i}_p, in{3 * n + i}_p, "
+        f"out{i}_p, out{n + i}_p, out{2 * n + i}_p, in{i}->num"
         for i in range(n)
+    ]
+    given = f"overlock::AdamWNumbers a{{{numbers}}};\n"
+    cpu = "".join(f"overlock::adamw({names}, a);\n" for names in arrays)
+    parameters = ",\n".join(f"{{{names}}}" for names in arrays)
+    gpu = (
+        f"overlock::AdamWParameter<in0_type> parameters[] = {{{parameters}}};\n"
+        f"overlock::adamw(parameters, {n}, a, 0);"
     )
-    return f"overlock::AdamWNumbers a{{{numbers}}};\n{calls}"
+    return given + cpu, given + gpu
 
 
-def count_axes(state):
-    return len(state[0].shape)
+def axes_and_type(state):
+    return len(state[0].shape), str(state[0].dtype)
 
 
 class AdamW(jt.optim.AdamW):
-    """jt.optim.AdamW with the same arguments, moments and numbers; on a GPU it is that itself."""
+    """jt.optim.AdamW with the same arguments, moments and numbers."""
 
-    headers = ("adamw_cpu.h",), ()
+    headers = ("adamw_cpu.h",), ("adamw_cpu.h", "cuda_launch.h", "adamw_cuda.h")
 
     def clip_grad_norm(self, max_norm, norm_type=2):
-        if norm_type != 2 or not has_kernel(AdamW):
+        if norm_type != 2 or on_gpu():
             return super().clip_grad_norm(max_norm, norm_type)
         states = [zip(group["params"], group["grads"]) for group in self.param_groups]
         clip_grad_norm([g for s in states for p, g in s if not p.is_stop_grad()], max_norm)
 
     def step(self, loss=None, retain_graph=False):
-        if not has_kernel(AdamW):
-            return super().step(loss, retain_graph)
         self.pre_step(loss, retain_graph)
         for group in self.param_groups:
             beta1, beta2 = group.get("betas", self.betas)
@@ -65,7 +70,7 @@ class AdamW(jt.optim.AdamW):
             states = zip(group["params"], group["grads"], group["m"], group["values"])
             states = [state for state in states if not state[0].is_stop_grad()]
             # A kernel is compiled for given numbers of axes: parameters with as many go together.
-            for _, same in groupby(sorted(states, key=count_axes), count_axes):
+            for _, same in groupby(sorted(states, key=axes_and_type), axes_and_type):
                 same = list(same)
                 for i in range(0, len(same), GROUP):
                     self.update(same[i : i + GROUP], numbers)
@@ -78,8 +83,7 @@ class AdamW(jt.optim.AdamW):
         """
         params, grads, m, v = ([state[k] for state in states] for k in range(4))
         old = [*params, *m, *v]
-        code = kernel_code(len(states)), ""
         inputs, outputs = [*params, *grads, *m, *v], [(x.shape, x.dtype) for x in old]
-        new = run_code(self.headers, code, inputs, outputs, numbers)
+        new = run_code(self.headers, kernel_code(len(states)), inputs, outputs, numbers)
         for var, value in zip(old, new):
             var.update(value)

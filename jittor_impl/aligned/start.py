@@ -105,7 +105,7 @@ def choose_cuda(home):
                 return
             reasons.append(reason)
         reasons = reasons or ["there is a CUDA GPU but no nvcc"]
-        if device_count() and driver_version() >= 13:
+        if device_count() and driver_version() >= (13,):
             reasons[-1] += " (pip install -r requirements-cuda.txt brings all that is needed)"
     if reasons:
         notice(f"{'; '.join(reasons)}: running on the CPU")
@@ -115,7 +115,7 @@ def choose_cuda(home):
 def prepare_cuda(nvcc):
     """Make this toolkit and the installed Jittor fit together. Returns why they cannot, or None."""
     try:
-        if toolkit_version(nvcc) >= (13,) or cudnn_version(nvcc) >= 9:
+        if toolkit_version(nvcc) >= (13,) or cudnn_version(nvcc) >= (9,):
             changed = patch_jittor.apply()
             if changed:
                 notice(
@@ -274,6 +274,10 @@ def import_jittor():
     if "cc_flags" not in os.environ:
         os.environ["cc_flags"] = " -O1 "
         os.environ["kernel_flags"] = os.environ.get("kernel_flags", "") + " -Ofast "
+    # cuBLAS and cuDNN read it as they are loaded, and then stay with float32; see gpu.py.
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    if "OVERLOCK_TF32" in os.environ:
+        del os.environ["NVIDIA_TF32_OVERRIDE"]
     try:
         numpy_version = metadata.version("numpy")
         metadata.version("jittor")

@@ -1,4 +1,4 @@
-"""Whether PyTorch can compute on the machine's GPU, and if not, why, in one line."""
+"""The machine's GPU: why PyTorch cannot compute there, in one line, and how it does if it can."""
 
 import ctypes
 
@@ -43,3 +43,41 @@ def cuda_problem():
         gpu = f"{torch.cuda.get_device_name()} is an sm_{major}{minor}"
         return f"{gpu}, and this PyTorch is built for {built}; {NEWER if major >= 10 else PINNED}"
     return None
+
+
+def has_tf32():
+    """Whether the GPU can round to TF32, by tensor cores."""
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def prepare_gpu(tf32):
+    """To be called before the first operator on a GPU; `tf32`: dense convolutions in TF32.
+
+    Left to itself PyTorch takes it for convolutions alone, and in NVIDIA's containers for matrix
+    products too.
+    """
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def memory_format(device):
+    """How maps lie in memory: channels last on a CPU, where PyTorch's convolutions are faster so.
+
+    On a GPU it would send every depthwise convolution to cuDNN and none to PyTorch's own kernels
+    (use_cudnn_depthwise in ATen). Which of the two is faster there has not been measured.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    return torch.channels_last if on_cpu else torch.contiguous_format
+
+
+def describe_gpu():
+    """Name, compute capability, and the versions that numbers depend on, for the log."""
+    major, minor = torch.cuda.get_device_capability()
+    driver, cudnn = ".".join(map(str, driver_version())), torch.backends.cudnn.version()
+    # 8907 is 8.9.7, 91300 is 9.13.0
+    unit = 10000 if cudnn >= 10000 else 1000
+    cudnn = f"{cudnn // unit}.{cudnn % unit // 100}.{cudnn % 100}"
+    return (
+        f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, driver for CUDA "
+        f"{driver}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
+    )

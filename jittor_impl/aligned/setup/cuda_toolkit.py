@@ -58,24 +58,34 @@ def device_count():
 
 
 def driver_version():
-    """The newest major version of CUDA that the driver runs; raises OSError without a driver."""
+    """The newest CUDA that the driver runs, such as (12, 4); raises OSError without a driver."""
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return version.value // 1000
+    return version.value // 1000, version.value % 1000 // 10
 
 
-def compute_capability():
-    """That of the oldest GPU, such as 75 for Turing; raises OSError without a driver."""
+def compute_capability(number):
+    """That of the GPU of this number, such as 75 for Turing; raises OSError without a driver."""
     driver = ctypes.CDLL("libcuda.so.1")
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    capabilities = []
-    for number in range(device_count()):
-        driver.cuDeviceGet(ctypes.byref(device), number)
-        # 75 and 76 are the attributes' numbers in cuda.h.
-        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-        capabilities.append(10 * major.value + minor.value)
-    return min(capabilities)
+    driver.cuDeviceGet(ctypes.byref(device), number)
+    # 75 and 76 are the attributes' numbers in cuda.h.
+    driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+    return 10 * major.value + minor.value
+
+
+def oldest_capability():
+    return min(map(compute_capability, range(device_count())))
+
+
+def gpu_name(number):
+    """That of the GPU of this number; raises OSError without a driver."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    driver.cuDeviceGet(ctypes.byref(device), number)
+    driver.cuDeviceGetName(name, len(name), device)
+    return name.value.decode()
 
 
 def nvcc_paths():
@@ -172,7 +182,7 @@ def toolkit_version(nvcc):
 
 
 def cudnn_version(nvcc):
-    """The major version of the cuDNN that Jittor will find for this nvcc, 0 if there is none."""
+    """That of the cuDNN that Jittor will find for this nvcc, such as (9, 13, 0); () if none."""
     toolkit = Path(nvcc).resolve().parent.parent
     targets = toolkit / "targets" / "x86_64-linux"
     for folder in (toolkit / "include", targets / "include", SYSTEM_INCLUDE):
@@ -180,10 +190,10 @@ def cudnn_version(nvcc):
             header = folder / name
             if header.exists():
                 text = header.read_text(errors="replace")
-                version = re.search(r"#define CUDNN_MAJOR (\d+)", text)
+                version = re.findall(r"#define CUDNN_(?:MAJOR|MINOR|PATCHLEVEL) (\d+)", text)
                 if version:
-                    return int(version[1])
-    return 0
+                    return tuple(map(int, version))
+    return ()
 
 
 def trial(nvcc, home):
@@ -223,11 +233,11 @@ def problem(nvcc, home):
     if not cudnn_version(nvcc):
         return f"there is no cuDNN beside {nvcc}"
     gpus, release = device_count(), f"{nvcc} is of CUDA {version[0]}"
-    if gpus and driver_version() < version[0]:
-        return f"{release}, but the GPU's driver is for CUDA {driver_version()} at most"
-    if gpus and version >= (13,) and compute_capability() < 75:
+    if gpus and driver_version() < version[:1]:
+        return f"{release}, but the GPU's driver is for CUDA {driver_version()[0]} at most"
+    if gpus and version >= (13,) and oldest_capability() < 75:
         return f"{release}, which has dropped GPUs older than Turing; install CUDA 12"
-    if gpus and compute_capability() >= 100 and version < (12, 8):
+    if gpus and oldest_capability() >= 100 and version < (12, 8):
         release = ".".join(map(str, version[:2]))
         return f"{nvcc} is of CUDA {release}, older than the GPU; install CUDA 12.8 or newer"
     error = trial(nvcc, home)
