@@ -150,7 +150,7 @@ def settle_recipe(args):
     try:
         train_transform(args)
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(str(error).replace("auto_augment is", "--aa is")) from None
 
 
 def learning_rate(args, epoch):

@@ -145,6 +145,11 @@ def make_model(args, merged=False):
     variant = models.VARIANTS[args.model]
     of_args = dict(num_classes=args.num_classes, seed=args.seed, drop_path_rate=args.drop_path)
     model = models.OverLoCK(**variant, **of_args, deploy=merged)
+    if args.grad_checkpointing:
+        remedy = (
+            "leave --grad-checkpointing out; a lower --batch-size with --grad-accumulation helps"
+        )
+        raise InputError(f"Jittor cannot compute blocks again in the backward pass; {remedy}")
     return model
 
 

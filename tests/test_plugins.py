@@ -69,7 +69,7 @@ def save(path, model):
         zeros = torch.zeros_like(parameter, requires_grad=False)
         optimizer.state[parameter] = dict(exp_avg=zeros, exp_avg_sq=zeros)
     run = dict(epoch=0, step=0, best_top1=0.0, args={}, data={}, history=[])
-    save_checkpoint(path, model, optimizer, run)
+    save_checkpoint(path, model, optimizer, None, run)
     return str(path)
 
 

@@ -39,6 +39,7 @@ from .dataset import PUBLISHED, Crops, find_classes, is_tiny_imagenet, load
 from .ema import ModelEma
 from .errors import InputError
 from .export import export
+from .kernels.checkpointing import set_grad_checkpointing
 from .kernels.device import memory_format
 from .loader import default_workers
 from .program import ArgumentParser, add_device_options, choose_device, number, run_program
@@ -147,6 +148,8 @@ def make_model(args, merged=False):
     variant = models.VARIANTS[args.model]
     of_args = dict(num_classes=args.num_classes, seed=args.seed, drop_path_rate=args.drop_path)
     model = models.OverLoCK(**variant, **of_args, deploy=merged)
+    if args.grad_checkpointing:
+        set_grad_checkpointing(model)
     return model.to(args.device, memory_format=memory_format(args.device))
 
 
