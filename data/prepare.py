@@ -457,7 +457,8 @@ def verify(folder):
             except InputError as error:
                 broken[path] = str(error)
             advance(1)
-    if sizes:
+    vary = len(set(sizes.values())) > 1
+    if vary and dataset.is_tiny_imagenet(folder):
         ((usual, _),) = Counter(sizes.values()).most_common(1)
         for path, pixels in sizes.items():
             if pixels != usual:
@@ -467,6 +468,8 @@ def verify(folder):
     for wnid in train:
         print(f"{wnid}  train {len(train[wnid]):4}  val {len(val.get(wnid, [])):3}")
     print(f"{summary(folder, train, val)}, {len(broken)} broken")
+    if vary and not dataset.is_tiny_imagenet(folder):
+        print("the images have several sizes: train with --img-size")
     return 2 if wrong or broken else 0
 
 

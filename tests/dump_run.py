@@ -1,4 +1,4 @@
-"""Write the initial weights of XXT and two epochs of batches, for comparison bit by bit.
+"""Write the initial weights of XXT and epochs of batches, for comparison bit by bit.
 
 Each framework's environment runs it: python dump_run.py FRAMEWORK DATA_DIR SEED OUT.npz
 """
@@ -23,4 +23,15 @@ for epoch in (1, 2):
         arrays |= {f"images {epoch} {i}": images, f"labels {epoch} {i}": labels}
 for i, (images, labels) in enumerate(val.batches(16)):
     arrays |= {f"images val {i}": images, f"labels val {i}": labels}
+# The paper's recipe: cropped, augmented, mixed, erased.
+program, recipe = impl.module("train"), impl.module("recipe")
+words = ["--recipe", "paper", "--img-size", "64", "--data-dir", data_dir, "--num-classes", "3"]
+words += ["--train-per-class", "12", "--val-per-class", "6", "--workers", "1", "--no-progress"]
+args = program.make_parser(recipe.choose_recipe(words)).parse_args(words)
+train, val = program.load_data(args, args.train_per_class)
+for epoch in (1, 2):
+    for i, (images, targets) in enumerate(train.batches(16, int(seed), epoch)):
+        arrays |= {f"paper {epoch} {i}": images, f"targets {epoch} {i}": targets}
+for i, (images, labels) in enumerate(val.batches(16)):
+    arrays |= {f"paper val {i}": images}
 np.savez(out, **arrays)

@@ -27,9 +27,11 @@ WITHOUT_FRAMEWORK = [
     "errors.py",
     "figures.py",
     "images.py",
+    "loader.py",
     "progress.py",
     "rand_augment.py",
     "read_pth.py",
+    "recipe.py",
     "run_files.py",
     "weights.py",
 ]

@@ -46,6 +46,13 @@ class AdamW(jt.optim.AdamW):
 
     headers = ("adamw_cpu.h",), ("adamw_cpu.h", "cuda_launch.h", "adamw_cuda.h")
 
+    def backward(self, loss, retain_graph=False):
+        """Add the gradients of `loss` to those since the last step."""
+        steps = self.n_step
+        super().backward(loss, retain_graph)
+        # Jittor counts backward passes here, which with accumulated gradients are more than steps.
+        self.n_step = steps
+
     def clip_grad_norm(self, max_norm, norm_type=2):
         if norm_type != 2 or on_gpu():
             return super().clip_grad_norm(max_norm, norm_type)
@@ -54,6 +61,7 @@ class AdamW(jt.optim.AdamW):
 
     def step(self, loss=None, retain_graph=False):
         self.pre_step(loss, retain_graph)
+        self.n_step += 1
         for group in self.param_groups:
             beta1, beta2 = group.get("betas", self.betas)
             lr = group.get("lr", self.lr)
