@@ -38,7 +38,6 @@ from .dataset import PUBLISHED, Crops, find_classes, is_tiny_imagenet, load
 from .ema import ModelEma
 from .errors import InputError
 from .export import export
-from .loader import default_workers
 from .program import ArgumentParser, add_device_options, choose_device, number, run_program
 from .progress import Progress, say
 from .recipe import (
@@ -100,10 +99,6 @@ def make_parser(defaults=TINY):
     add_device_options(parser)
     add("--no-progress", action="store_true", help="print one line per epoch and nothing between")
     add_recipe_options(parser)
-    ahead = "processes that read images ahead of the step (with --img-size)"
-    add("--workers", type=number(int, 0), default=default_workers(), help=ahead)
-    cache = "memory for decoded images (with --img-size); None: a quarter of the machine's"
-    add("--cache-gib", type=number(float, 0), help=cache)
     parser.set_defaults(**defaults)
     return parser
 

@@ -32,6 +32,5 @@ train, val = program.load_data(args, args.train_per_class)
 for epoch in (1, 2):
     for i, (images, targets) in enumerate(train.batches(16, int(seed), epoch)):
         arrays |= {f"paper {epoch} {i}": images, f"targets {epoch} {i}": targets}
-for i, (images, labels) in enumerate(val.batches(16)):
-    arrays |= {f"paper val {i}": images}
+arrays |= {f"paper val {i}": images for i, (images, _) in enumerate(val.batches(16))}
 np.savez(out, **arrays)

@@ -11,6 +11,7 @@ import math
 
 from .augment import Mixup, TrainTransform
 from .errors import InputError
+from .loader import default_workers
 from .program import number
 
 # Stochastic depth by variant; XXT is not upstream's, and as small as XT.
@@ -71,9 +72,9 @@ def recipe(name, model):
 
 
 def add_recipe_options(parser):
-    """--recipe and the options whose defaults it sets."""
-    names = ", ".join(RECIPES)
-    parser.add_argument("--recipe", choices=RECIPES, default="tiny", help=f"defaults: {names}")
+    """--recipe and the options whose defaults it sets, and how images are read for them."""
+    of_recipes = "the values below: the published experiment, the paper's, or fine-tuning"
+    parser.add_argument("--recipe", choices=RECIPES, default="tiny", help=of_recipes)
     count, share = number(int, 0), number(float, 0, maximum=1)
     positive = number(float, 0, exclusive=True)
 
@@ -117,6 +118,10 @@ def add_recipe_options(parser):
     add("--cutmix", type=number(float, 0), help="cutmix's alpha; 0: none")
     add("--mixup-prob", type=share, help="probability of mixup or cutmix")
     add("--mixup-switch-prob", type=share, help="probability of cutmix where both are on")
+    ahead = "processes that read images ahead of the step (with --img-size)"
+    add("--workers", type=count, default=default_workers(), help=ahead)
+    cache = "memory for decoded images (with --img-size); None: a quarter of the machine's"
+    add("--cache-gib", type=number(float, 0), help=cache)
 
 
 def images_per_step(args):
