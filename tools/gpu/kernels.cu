@@ -13,11 +13,13 @@
 
 #include "neighbourhood.h"
 #include "adamw_cpu.h"
+#include "inference_cpu.h"
 #include "cuda_launch.h"
 #include "cuda_sum.h"
 #include "adamw_cuda.h"
 #include "depthwise_cuda.h"
 #include "grn_cuda.h"
+#include "merged_cuda.h"
 #include "na2d_av_cuda.h"
 #include "norm_cuda.h"
 #include "separable_cuda.h"
@@ -78,6 +80,21 @@ static void adamw_of(T** arrays, const int64_t* sizes, int64_t count, const floa
         parameters.push_back({arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], arrays[5], arrays[6], sizes[k]});
     overlock::adamw(parameters.data(), (int)count, {n[0], n[1], n[2], n[3], n[4], n[5], n[6]}, 0);
 }
+
+template <typename T>
+static void merged_of(const T* x, float** arrays, const int64_t* kernels, const int64_t* dilations, int64_t count, T* y,
+                      T* weight, T* bias, int64_t B, int64_t C, int64_t H, int64_t W) {
+    std::vector<overlock::Branch> branches;
+    for (int64_t k = 0; k < count; k++, arrays += 5)
+        branches.push_back({arrays[0], nullptr, (int)kernels[k], (int)dilations[k],
+                            {arrays[1], arrays[2], arrays[3], arrays[4], 1e-5f}});
+    overlock::merged_depthwise(x, branches.data(), (int)count, y, weight, bias, B, C, H, W, 0);
+}
+
 // arrays: parameter, gradient, moments, and their new ones, of each; numbers: those of AdamWNumbers; all on the host.
-namespace overlock { using ::adamw_of; }
+namespace overlock { using ::adamw_of; using ::merged_of; }
 KERNEL(adamw, (void** arrays, int64_t* sizes, I count, F numbers), adamw_of<T>((T**)arrays, sizes, count, numbers))
+// arrays: weight and BatchNorm's weight, bias, mean and variance of each branch.
+KERNEL(merged_depthwise, (M x, float** arrays, int64_t* kernels, int64_t* dilations, I count, M y, M w, M b,
+                          I B, I C, I H, I W),
+       merged_of<T>((T*)x, arrays, kernels, dilations, count, (T*)y, (T*)w, (T*)b, B, C, H, W))

@@ -37,6 +37,11 @@ DEPTHWISE = [
     *((1, 1, 1, 1, 3, 1), (3, 7, 5, 40, 19, 1), (2, 8, 200, 320, 17, 1)),
     *((128, 56, 56, 56, 17, 1), (128, 224, 56, 56, 3, 1), (128, 256, 14, 14, 13, 1)),
 ]
+# As the dilated branches of a block: (B, C, H, W, (kernel, dilation) of each)
+MERGED = [
+    (64, 24, 16, 16, (13, 1), (5, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    (128, 56, 56, 56, (17, 1), (5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+]
 NORMS = [  # (B, C, H, W)
     *((64, 24, 16, 16), (64, 128, 2, 2), (65, 7, 5, 3), (2, 300, 1, 1), (4, 3, 200, 320)),
     *((128, 56, 56, 56), (128, 256, 14, 14), (128, 1344, 7, 7)),
@@ -52,6 +57,7 @@ SEPARABLE = [  # (planes, H, W, h, w)
 ADAMW = [[1, 7, 1024, 1025, 300000], [3] * 32]
 SMALL = dict(
     DEPTHWISE=[(2, 3, 9, 20, 3, 1), (3, 2, 17, 5, 5, 2)],
+    MERGED=[(2, 3, 9, 11, (7, 1), (3, 3))],
     NORMS=[(3, 5, 7, 9), (2, 40, 1, 1)],
     WINDOWS=[(2, 9, 10, 5, 3), (1, 13, 13, 13, 4), (2, 8, 17, 3, 5)],
     SEPARABLE=[(3, 4, 6, 9, 7)],
@@ -150,6 +156,7 @@ class Cases:
     def __iter__(self):
         makers = dict(
             DEPTHWISE=self.depthwise,
+            MERGED=self.merged,
             NORMS=self.norms,
             WINDOWS=self.windows,
             SEPARABLE=self.separable,
@@ -176,6 +183,26 @@ class Cases:
         arguments = [x, grad_y, *outputs, scratch, *shape, chunks]
         name = "depthwise_grad_weight"
         yield Case(name, arguments, outputs, grads, shape, [scratch], products)
+
+    def merged(self, B, C, H, W, *branches):
+        x, y, largest = self.normal(B, C, H, W), self.empty(B, C, H, W), branches[0][0]
+        scratch = [self.empty(C, largest, largest), self.empty(C)]
+        arrays, expected = [], 0
+        for K, d in branches:
+            weight = self.floats(C, 1, K, K)
+            norm = gamma, beta, mean, var = [self.floats(C) for _ in range(4)]
+            var.square_().add_(1)
+            Y = F.conv2d(x.double(), weight.double(), padding=d * (K // 2), dilation=d, groups=C)
+            gamma, beta, mean, var = (a.double() for a in norm)
+            expected = expected + F.batch_norm(Y, mean, var, gamma, beta, False, 0, 1e-5)
+            arrays += [weight, *norm]
+        pointers = (ctypes.c_void_p * len(arrays))(*[a.data_ptr() for a in arrays])
+        sizes = [(ctypes.c_int64 * len(branches))(*numbers) for numbers in zip(*branches)]
+        arguments = [x, pointers, *sizes, len(branches), y, *scratch, B, C, H, W]
+        case = Case("merged_depthwise", arguments, [y], [expected], (B, C, H, W, *branches))
+        case.scratch, case.behind_pointers = scratch, arrays
+        case.products = x.numel() * largest**2
+        yield case
 
     def norms(self, B, C, H, W):
         P, shape = H * W, (B, C, H, W)
