@@ -19,6 +19,7 @@
 #include "norm_cuda.h"
 #include "grn_cuda.h"
 #include "separable_cuda.h"
+#include "merged_cuda.h"
 #include "adamw_cuda.h"
 
 // A number of so many significant bits, as its type on a GPU: rounded to nearest, ties to even.
@@ -107,6 +108,25 @@ static void depthwise(int B, int C, int H, int W, int K, int dilation) {
                                        B, C, H, W, K, dilation, chunks, 0);
     grad_weight.compare("grad_weight");
     grad_bias.compare("grad_bias");
+}
+
+// A kernel of K, one of 3 with a bias and one dilated by 2 without a norm.
+template <typename T>
+static void merged_depthwise(int B, int C, int H, int W, int K) {
+    std::printf("merged depthwise %dx%dx%dx%d, kernel %d\n", B, C, H, W, K);
+    const auto x = normal<T>((size_t)B * C * H * W);
+    const auto weight = normal<float>(C * (K * K + 9 + 9)), values = normal<float>(C * 8), var = normal<float>(C, 9);
+    const float *w = weight.f(), *v = values.f();
+    const overlock::Norm norm = {v, v + C, v + 2 * C, var.f(), 1e-5f};
+    const overlock::Norm other = {v + 3 * C, v + 4 * C, v + 5 * C, var.f(), 1e-3f};
+    const overlock::Branch branches[] = {
+        {w, nullptr, K, 1, norm}, {w + C * K * K, v + 6 * C, 3, 1, other}, {w + C * (K * K + 9), nullptr, 3, 2, {}}};
+    Result<T> y(x.cuda.size());
+    std::vector<T> merged(C * K * K, T(NAN)), bias(C, T(NAN));
+    overlock::merged_depthwise(x.f(), branches, 3, overlock::IDENTITY, y.f(), B, C, H, W);
+    overlock::merged_depthwise<T>(x, branches, 3, y, merged.data(), bias.data(), B, C, H, W, 0);
+    // The merged weights are of type T too, each off by its rounding.
+    y.compare("y", 5e-6 + 2 * roundoff<T>());
 }
 
 template <typename T>
@@ -248,6 +268,7 @@ static void a_few() {
     norms<T, Param>(3, 5, 6, 2, 1);
     grn<T, Param>(2, 5, 6);
     separable<T>(5, 9, 8, 7, 6);
+    merged_depthwise<T>(2, 3, 7, 9, 7);
     adamw<T>({3, 1025});
 }
 
@@ -276,6 +297,8 @@ int main() {
         grn<float, float>(3, 5, 16);
         grn<float, float>(2, 3, 1100);
         grn<float, float>(1, 300, 2);
+        merged_depthwise<float>(2, 5, 9, 20, 13);
+        merged_depthwise<float>(1, 20, 3, 2, 5);
         separable<float>(300, 13, 2, 7, 7);
         separable<float>(2, 4, 6, 9, 15);
         separable<float>(1, 40, 33, 1, 2);

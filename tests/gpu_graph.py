@@ -39,7 +39,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
     args = train.make_parser().parse_args([])
-    model = models.OverLoCK(**models.VARIANTS[options.model], num_classes=args.num_classes)
+    model = models.OverLoCK(**models.VARIANTS[options.model], num_classes=20)
     optimizer = train.make_optimizer(model, args)
     images = np.zeros((options.batch_size, 3, options.img_size, options.img_size), np.float32)
     labels = np.zeros(options.batch_size, np.int64)

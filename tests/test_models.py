@@ -284,6 +284,22 @@ def test_grn_in_half_precision(impl):
     assert impl.torch.isfinite(out).all() and impl.torch.isfinite(gradient).all()
 
 
+def test_indices_are_uploaded_once(impl, monkeypatch):
+    """Not from inference_mode, nor from the tensors without numbers that torch.export has."""
+    if impl.name != "torch":
+        pytest.skip("test_functions.py has Jittor's")
+    torch, contmix = impl.torch, module("contmix")
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    arguments = device, contmix.relative_position_index, 7, 6, 5
+    with torch.inference_mode():
+        with torch._subclasses.FakeTensorMode():
+            contmix.uploaded(*arguments)
+        first = contmix.uploaded(*arguments)
+    assert first is contmix.uploaded(*arguments) and not first.is_inference()
+    assert np.array_equal(first.numpy(), contmix.relative_position_index(7, 6, 5))
+
+
 def test_training_after_inference_mode(impl):
     """In one process: what inference computed once and kept must serve a backward pass."""
     if impl.name != "torch":

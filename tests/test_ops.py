@@ -175,14 +175,17 @@ def cuda_calls(impl, dtype, monkeypatch):
     assert all(out.dtype == dtype for out in outputs)
     for out in outputs:
         jt.grad(out.float32().sum(), [x, attn, value])
+    norm = nn.BatchNorm2d(3)
+    monkeypatch.setattr(functions, "on_gpu", lambda: True)
+    functions.merged_depthwise(x, [(conv, norm)] * 8)
     parameters = [jt.ones(3, dtype) for _ in range(33)]
     optimizer = impl.module("aligned.optim").AdamW(parameters, lr=1)
     optimizer.step(sum((p * p).sum() for p in parameters))
     monkeypatch.undo()
     # na2d_av and its two gradients; depthwise convolution and the gradient of its weight, with bias
     # and without (the gradient of x is a convolution without); three norms and their gradients;
-    # pooling, whose gradient is the same call; AdamW of 32 parameters and of one.
-    assert len(calls) == 3 + 4 + (6 if dtype == "float32" else 12) + 1 + 2
+    # pooling, whose gradient is the same call; merged branches; AdamW of 32 parameters and of one.
+    assert len(calls) == 3 + 4 + (6 if dtype == "float32" else 12) + 1 + 1 + 2
     return calls
 
 

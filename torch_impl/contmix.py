@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import permute
 from torch.nn.functional import linear
+from .kernels.device import uploaded
 from .ops import na2d_av
 
 
@@ -30,8 +31,8 @@ def relative_position_index(height, width, kernel_size):
 def position_bias(rpb, height, width):
     """Relative position bias, from rpb (heads, 2K-1, 2K-1) -> (heads, height, width, K*K)."""
     kernel_size = (rpb.shape[1] + 1) // 2
-    # (heads, (2K-1)²) indexed by (height, width, K*K)
-    return rpb.flatten(1)[:, relative_position_index(height, width, kernel_size)]
+    index = uploaded(rpb.device, relative_position_index, height, width, kernel_size)
+    return rpb.flatten(1)[:, index]  # (heads, (2K-1)²) -> (heads, height, width, K*K)
 
 
 def mixed_kernels(query, key, proj, rpb1, rpb2):

@@ -8,7 +8,7 @@ between the kernel and Jittor's own operators.
 Shapes are (B, C, H, W) unless a comment says otherwise.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from .launch import cast, check_channels, check_types, has_kernel, launch, on_gpu, run_code
@@ -287,12 +287,18 @@ def has_fused_kernel(conv):
     )
 
 
+MERGED_HEADERS = (
+    DepthwiseConvFunction.headers[0],
+    ("inference_cpu.h", *DepthwiseConvFunction.headers[1], "merged_cuda.h"),
+)
+
+
 def merged_depthwise(x, branches, activation=None):
     """activation(sum of norm(conv(x)) over `branches`) as one convolution.
 
     branches: pairs of a depthwise convolution that `keeps_size` and a BatchNorm2d or None, the one
-    with the largest kernel first and not dilated. For inference on a CPU: it uses the running
-    statistics and has no gradient.
+    with the largest kernel first and not dilated. For inference: it uses the running statistics and
+    has no gradient. On a GPU there is no activation.
     """
     check_channels("Conv2d", x, branches[0][0].in_channels)
     inputs, parts = [x], []
@@ -303,13 +309,22 @@ def merged_depthwise(x, branches, activation=None):
         parts.append(f"{{{weight}, {bias}, {conv.kernel_size[0]}, {conv.dilation[0]}, {norm}}}")
     sizes = dict(zip(("B", "C", "H", "W"), x.shape))
     numbers = ", ".join(f'(int)data["{name}"]' for name in sizes)
-    code = (
-        f"overlock::Branch branches[] = {{{', '.join(parts)}}};\n"
-        f"overlock::merged_depthwise(in0_p, branches, {len(branches)}, "
-        f"{ACTIVATIONS[type(activation)]}, out0_p, {numbers});"
-    )
-    headers = DepthwiseConvFunction.headers[0], ()
-    return run_code(headers, (code, ""), inputs, [(x.shape, x.dtype)], sizes)[0]
+    given = f"overlock::Branch branches[] = {{{', '.join(parts)}}};\n"
+    call = f"overlock::merged_depthwise(in0_p, branches, {len(branches)}, "
+    cpu = f"{given}{call}{ACTIVATIONS[type(activation)]}, out0_p, {numbers});"
+    gpu = f"{given}{call}out0_p, out1_p, out2_p, {numbers}, 0);"
+    outputs, weight = [(x.shape, x.dtype)], branches[0][0].weight
+    if on_gpu():  # which merges in memory
+        outputs += [(weight.shape, x.dtype), ((x.shape[1],), x.dtype)]
+    return run_code(MERGED_HEADERS, (cpu, gpu), inputs, outputs, sizes)[0]
+
+
+def has_merged_kernel(x, branches):
+    """Whether `merged_depthwise` takes x and `branches` on the device in use."""
+    (conv, _), K = branches[0], branches[0][0].kernel_size[0]
+    single = all(conv.weight.dtype == norm.weight.dtype == "float32" for conv, norm in branches)
+    fits = has_kernel(DepthwiseConvFunction, x) and keeps_size(conv) and conv.dilation == (1, 1)
+    return fits and single and (not on_gpu() or fits_gpu(K, 1))
 
 
 class SeparableFunction(jt.Function):
@@ -360,6 +375,16 @@ def interpolate(x, size, mode, align_corners):
         )
     matrices = (bilinear_matrix(n, out) for n, out in zip(x.shape[2:], size))
     return SeparableFunction.apply(x, *matrices)
+
+
+@lru_cache(maxsize=16)
+def kept(make, *sizes):
+    return constant(make(*sizes).astype(np.int32))
+
+
+def uploaded(make, *sizes):
+    """The array of integers make(*sizes); on a GPU, where it stays for later calls."""
+    return kept(make, *sizes) if on_gpu() else make(*sizes)
 
 
 def permute(x, axes):

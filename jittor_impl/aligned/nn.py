@@ -17,6 +17,7 @@ from .functions import (
     convolve,
     fused_convolution,
     has_fused_kernel,
+    has_merged_kernel,
     merged_depthwise,
     without_gradient,
 )
@@ -115,7 +116,7 @@ def sum_of_branches(module, x, branches):
     merged into one convolution at every call, as `reparam` does for good.
     """
     hooked = any(is_hooked(layer) for branch in branches for layer in branch)
-    if infers(module) and not hooked and has_fused_kernel(branches[0][0]):
+    if infers(module) and not hooked and has_merged_kernel(x, branches):
         return merged_depthwise(x, branches)
     out = None
     for conv, norm in branches:

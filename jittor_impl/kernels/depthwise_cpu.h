@@ -177,13 +177,6 @@ inline void depthwise_grad_weight(const float* x, const float* grad_y, float* gr
     }
 }
 
-// A depthwise convolution and the BatchNorm after it; weight (C, kernel, kernel), bias (C) or null.
-struct Branch {
-    const float *weight, *bias;
-    int kernel, dilation;
-    Norm norm;
-};
-
 // y in inference: the sum of all branches as one convolution by a merged kernel of the first branch's size
 // (UniRepLKNet's dilated reparam block), and an activation.
 inline void merged_depthwise(const float* x, const Branch* branches, int count, Activation activation, float* y,

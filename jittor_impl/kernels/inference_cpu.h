@@ -18,6 +18,13 @@ struct Norm {
     }
 };
 
+// A depthwise convolution and the BatchNorm after it; weight (C, kernel, kernel), bias (C) or null.
+struct Branch {
+    const float *weight, *bias;
+    int kernel, dilation;
+    Norm norm;
+};
+
 enum Activation { IDENTITY, GELU, SILU };
 
 inline void activate(Activation activation, float* x, int64_t n) {

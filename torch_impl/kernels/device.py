@@ -1,6 +1,7 @@
 """The machine's GPU: why PyTorch cannot compute there, in one line, and how it does if it can."""
 
 import ctypes
+from functools import lru_cache
 
 import torch
 
@@ -68,6 +69,24 @@ def memory_format(device):
     """
     on_cpu = torch.device(device).type == "cpu"
     return torch.channels_last if on_cpu else torch.contiguous_format
+
+
+@lru_cache(maxsize=16)
+def kept(device, make, *sizes):
+    # Later calls may want gradients: no inference tensors.
+    with torch.inference_mode(False):
+        return torch.from_numpy(make(*sizes)).to(device)
+
+
+def uploaded(device, make, *sizes):
+    """The array of integers make(*sizes); on a GPU, where it stays for later calls."""
+    if device.type == "cpu":
+        return make(*sizes)
+    tensor = kept(device, make, *sizes)
+    # torch.export traces with tensors that have no numbers; those must not serve a later call.
+    if type(tensor) is not torch.Tensor:
+        kept.cache_clear()
+    return tensor
 
 
 def describe_gpu():
