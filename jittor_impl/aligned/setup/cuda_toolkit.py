@@ -231,7 +231,7 @@ def problem(nvcc, home):
     if not version or not library.exists():
         return f"{nvcc} is no CUDA toolkit as Jittor needs it, with {library}"
     if not cudnn_version(nvcc):
-        return f"there is no cuDNN beside {nvcc}"
+        return f"there is no cuDNN beside {nvcc}; install NVIDIA's for CUDA {version[0]}"
     gpus, release = device_count(), f"{nvcc} is of CUDA {version[0]}"
     if gpus and driver_version() < version[:1]:
         return f"{release}, but the GPU's driver is for CUDA {driver_version()[0]} at most"
