@@ -108,7 +108,7 @@ class ModelTask:
         import numpy as np
 
         train = f.module("train")
-        args = f.train_args("--model", self.variant)
+        args = f.train_args("--model", self.variant, "--num-classes", "20")
         model, training = train.make_model(args), self.kind == "training step"
         images = random_array((self.batch, 3, self.side, self.side))
         labels = np.random.default_rng(0).integers(0, args.num_classes, self.batch)

@@ -174,19 +174,18 @@ def losses(output, labels, args):
 def training_step(model, optimizer, images, labels, args, step=1):
     """One step of AdamW on a batch of NumPy arrays, images (n, 3, H, W) and labels (n,).
 
-    Or targets (n, classes). In args.grad_accumulation parts of args.batch_size, one after another;
-    `step`, counted from 1, draws the drop path. Returns the main and the auxiliary loss before the
-    step, as numbers.
+    Or targets (n, classes). In args.grad_accumulation parts, one after another; `step`, counted
+    from 1, draws the drop path. Returns the main and the auxiliary loss before the step, as
+    numbers.
     """
     if args.drop_path:
         model.seed_drop_path(args.seed, step)
-    parts = []
-    for start in range(0, len(images), args.batch_size):
-        part = slice(start, start + args.batch_size)
-        share = len(labels[part]) / len(labels)
-        if start:  # Jittor is lazy: compute the part before, whose memory this one then takes
+    parts, count = [], min(args.grad_accumulation, len(images))
+    for part, part_labels in zip(np.array_split(images, count), np.array_split(labels, count)):
+        share = len(part) / len(images)
+        if parts:  # Jittor is lazy: compute the part before, whose memory this one then takes
             jt.sync_all()
-        loss, main, aux = losses(model(jt.array(images[part])), labels[part], args)
+        loss, main, aux = losses(model(jt.array(part)), part_labels, args)
         optimizer.backward(loss * share)
         parts.append((main, aux, share))
     if args.clip_grad:
@@ -271,10 +270,11 @@ def check_resumable(run, args, path):
         raise InputError(f"the run in {path} {done}; give a larger --epochs to go on")
 
 
-def check_last_batch(train, batch_size):
+def check_last_batch(train, args):
     """BatchNorm needs two values per channel: refuse a last batch of one pixel at stride 32."""
     pixels = int(np.prod([-(-size // 32) for size in train.image_shape[:2]]))
-    if (len(train) - 1) % batch_size == 0 and pixels == 1:
+    last = len(train) % images_per_step(args) or images_per_step(args)
+    if last < 2 * args.grad_accumulation and pixels == 1:
         raise InputError(
             "the last batch would be a single small image, too little for BatchNorm; "
             "change --batch-size or --train-per-class"
@@ -353,7 +353,7 @@ def start(args, files, device_name):
     train, val = load_data(args, args.train_per_class)
     model = make_model(args, is_merged(arrays))
     kept = load_model(model, arrays, source, keep_classifier=source == args.init) if source else []
-    check_last_batch(train, args.batch_size)
+    check_last_batch(train, args)
     optimizer, ema = make_optimizer(model, args), None
     if args.ema_decay:
         ema = ModelEma(make_model(args, is_merged(arrays)), args.ema_decay)

@@ -78,7 +78,7 @@ def steps(model_name, size):
 
     jt.flags.use_cuda = 1
     prepare_gpu(tf32=False)
-    defaults = train.make_parser().parse_args([])
+    defaults = train.make_parser().parse_args(["--num-classes", "20"])
     model = models.OverLoCK(**models.VARIANTS[model_name], num_classes=defaults.num_classes)
     optimizer = train.make_optimizer(model, defaults)
     images, labels = np.zeros((2, 3, size, size), np.float32), np.array([0, 1])

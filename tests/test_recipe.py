@@ -104,7 +104,7 @@ def test_layer_decay_and_weight_decay():
 
 @pytest.mark.parametrize("n", [12, 10])
 def test_accumulated_gradients_are_those_of_the_larger_batch(n):
-    """10 images in parts of 4 weigh 4, 4 and 2."""
+    """10 images in three parts weigh 4, 3 and 3."""
     images, labels = images_and_labels(n)
     results = []
     for words in (["-b", "12"], ["-b", "4", "--grad-accumulation", "3"]):

@@ -572,11 +572,18 @@ def test_data_of_another_kind_is_not_resumed(impl, command, dataset, finished, t
 def test_last_batch_too_small_for_batch_norm(impl):
     data = object.__new__(module("dataset").TinyImageNet)
     data.images, data.labels = np.zeros((33, 32, 32, 3), np.uint8), np.zeros(33, np.int64)
-    with pytest.raises(train.InputError, match="--batch-size"):
-        train.check_last_batch(data, 16)
-    train.check_last_batch(data, 15)
+
+
+    def check(batch_size, accumulation=1):
+        args = SimpleNamespace(batch_size=batch_size, grad_accumulation=accumulation)
+        train.check_last_batch(data, args)
+
+    for sizes in ((16,), (5, 2)):  # 33 leaves 1; 3, of which the second part has 1
+        with pytest.raises(train.InputError, match="--batch-size"):
+            check(*sizes)
+    check(15)
     data.images = np.zeros((33, 64, 64, 3), np.uint8)
-    train.check_last_batch(data, 16)
+    check(16)
 
 
 def test_output_that_cannot_be_written(command, dataset, tmp_path):
