@@ -17,6 +17,7 @@ GPU's.
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -174,6 +175,67 @@ class LoadingTask:
 
 
 @dataclass
+class PhotographsTask:
+    """Photographs of 500x375 pixels in files to batches by the paper's recipe, on two processes.
+
+    Ours in Jittor's column, beside timm's loader with its transforms and Mixup in PyTorch's.
+    """
+
+    side: int
+    batch: int
+    kind = "reading photographs"
+    uses_natten = False
+    seconds = 6
+
+    def __str__(self):
+        return f"{self.kind}, {self.side}x{self.side}, batch {self.batch}"
+
+    def step(self, f):
+        self.folder = tempfile.TemporaryDirectory()
+        draw_photographs(Path(self.folder.name), 8 * self.batch)
+        batches = self.ours(f) if f.name == "jittor" else self.timms()
+        return lambda: next(batches)
+
+    def ours(self, f):
+        augment, dataset = f.module("augment"), f.module("dataset")
+        transform = augment.TrainTransform(self.side)
+        crops = dataset.Crops(self.side, 0.925, transform, workers=2, cache_bytes=0)
+        data, _ = dataset.load(self.folder.name, 2, None, None, False, crops)
+        data.mixup = augment.Mixup(num_classes=2)
+        for epoch in itertools.count(1):
+            yield from data.batches(self.batch, 0, epoch)
+
+    def timms(self):
+        from timm.data import Mixup, create_dataset, create_loader
+
+        data = create_dataset("", self.folder.name, split="train", is_training=True)
+        recipe = dict(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel")
+        recipe |= dict(interpolation="random", is_training=True, use_prefetcher=False)
+        loading = dict(num_workers=2, pin_memory=False, persistent_workers=True)
+        size = (3, self.side, self.side)
+        loader, mixup = create_loader(data, size, self.batch, **recipe, **loading), Mixup(0.8, 1.0)
+        while True:
+            yield from itertools.starmap(mixup, loader)
+
+    def work(self):
+        return 0, self.batch * 3 * (500 * 375 + self.side**2 * (1 + 4))
+
+
+def draw_photographs(folder, count):
+    """`count` JPEG files in two classes of train/, and one each in val/."""
+    import numpy as np
+    from PIL import Image
+
+    for split, files in (("train", count // 2), ("val", 1)):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(files):
+                pixels = np.random.default_rng(i).integers(0, 256, (25, 34, 3)).astype(np.uint8)
+                photo = Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC)
+                photo.save(folder / split / name / f"{i}.jpg", quality=90)
+
+
+@dataclass
 class OperatorTask:
     """An operator, forward and backward."""
 
@@ -228,6 +290,7 @@ def tasks(device):
             natten = batch == batches[0]
             yield from (ModelTask(kind, variant, side, batch, natten) for kind in STEPS)
     yield LoadingTask(64, 64)
+    yield PhotographsTask(224, 32)
     of_models = {8: MODELS[device][1][2][0]}
 
     def resized(shape):

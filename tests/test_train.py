@@ -573,7 +573,6 @@ def test_last_batch_too_small_for_batch_norm(impl):
     data = object.__new__(module("dataset").TinyImageNet)
     data.images, data.labels = np.zeros((33, 32, 32, 3), np.uint8), np.zeros(33, np.int64)
 
-
     def check(batch_size, accumulation=1):
         args = SimpleNamespace(batch_size=batch_size, grad_accumulation=accumulation)
         train.check_last_batch(data, args)
