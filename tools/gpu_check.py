@@ -142,7 +142,8 @@ def make_steps(args):
 
     def step(name, limit, *commands, **others):
         folder = args.output / name.replace(" ", "-")
-        return Step(name, limit, list(commands), folder, **others)
+        # A few cores take longer to compile for.
+        return Step(name, 5 * limit if cpu else limit, list(commands), folder, **others)
 
     def tests(framework, name, limit, files, chosen):
         """Some of tests/, as they run by themselves; on a CPU the first alone."""
