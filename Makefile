@@ -4,6 +4,7 @@
 # make test   run every test, and make lint; make test-versions runs them on other versions:
 #             those of torch_impl on a current PyTorch, those of jittor_impl on another Python;
 #             make test-gpu runs those that compute on a GPU, which make test hides
+# make gpu    check all of it on a GPU in ten minutes: right, and how fast (docs/gpu.md)
 # make compile-cuda   compile all of the Jittor side for CUDA 13, on a machine with no GPU (15 minutes)
 # Each environment is made when it is first needed, and again when its requirements change.
 
@@ -17,7 +18,7 @@ DEMO_LOGS := logs/demo
 # Jittor compiles itself while PyTorch is downloaded.
 MAKEFLAGS += -j2
 
-.PHONY: demo align bench lint test test-gpu test-versions compile-cuda environments python-version clean
+.PHONY: demo align bench lint test test-gpu gpu test-versions compile-cuda environments python-version clean
 
 environments: .venv-jittor/ready .venv-torch/ready
 
@@ -103,6 +104,9 @@ test: lint .venv-jittor/test .venv-torch/test .venv-torch/natten
 # The tests that compute, on a GPU, against the same values.
 test-gpu: .venv-jittor/test .venv-torch/test
 	OVERLOCK_DEVICE=cuda $(TORCH) tests/run.py $(JITTOR) $(TORCH)
+
+gpu: .venv-jittor/test .venv-torch/test
+	$(TORCH) tools/gpu_check.py --jittor-python $(JITTOR) --torch-python $(TORCH)
 
 .venv-current/ready: requirements-torch.txt requirements-test.txt | python-version
 	@echo "Making .venv-current: a current PyTorch (6 GB)"

@@ -379,7 +379,8 @@ def main():
         for case in Cases(args.device, dtype, sizes):
             line = dict(kernel=case.kernel, dtype=str(dtype)[6:], shape=case.shape)
             if args.time:
-                ms = milliseconds(kernels, lambda case=case: kernels.run(case))
+                run, repeats = (lambda case=case: kernels.run(case)), 2 if args.small else 20
+                ms = milliseconds(kernels, run, repeats)
                 floor = max(case.bytes_moved() / copy, case.products / product)
                 line |= dict(ms=ms, floor_ms=floor, ratio=ms / floor if floor else None)
             else:

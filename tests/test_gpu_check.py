@@ -1,0 +1,52 @@
+"""tools/gpu_check.py, rehearsed without a GPU: the kernels run through cuda_on_cpu.h."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def check(output, jittor, steps):
+    command = [sys.executable, ROOT / "tools" / "gpu_check.py", "--device=cpu"]
+    command += [f"--output={output}", f"--steps={steps}"]
+    command += [f"--jittor-python={jittor}", f"--torch-python={sys.executable}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lines = (output / "results.jsonl").read_text().splitlines()
+    return result, {found["step"]: found for found in map(json.loads, lines)}
+
+
+def test_rehearsal_on_a_cpu(tmp_path):
+    jittor = os.environ.get("JITTOR_PYTHON")
+    if not jittor:
+        pytest.skip("needs the Pythons of both environments; run tests/run.py")
+    steps = "inventory,kernels,memcheck,operators,torch models,floors"
+    result, found = check(tmp_path, jittor, steps)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert list(found) == steps.split(",")
+    assert found.pop("memcheck")["summary"] == "skipped: needs a GPU"
+    assert all(step["ok"] for step in found.values()), found
+    assert re.fullmatch(r"\d\d cases, 0 wrong", found["kernels"]["summary"])
+    assert len(found["floors"]["rows"]) > 20 and found["floors"]["rows"][0]["floor_ms"] > 0
+    whole = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(whole["steps"]) == 6 and "PyTorch" in whole["inventory"]
+    assert (tmp_path / "gpu.png").stat().st_size > 5000
+
+
+def test_a_step_that_fails_stops_no_other(tmp_path):
+    """Their number is the exit status; a step that proves nothing about numbers does not count."""
+    result, found = check(tmp_path, "/nowhere/python", "inventory,build,operators,floors")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert not found["build"]["ok"] and "/nowhere/python: No such" in found["build"]["summary"]
+    assert not found["operators"]["ok"] and found["floors"]["ok"]
+
+
+def test_every_cuda_kernel_is_checked():
+    source = (ROOT / "tools" / "gpu" / "kernels.cu").read_text()
+    headers = (ROOT / "jittor_impl" / "kernels").glob("*_cuda.h")
+    assert [h.name for h in headers if f'"{h.name}"' not in source] == []

@@ -1,0 +1,293 @@
+"""Check the project on a GPU, in ten minutes and without a network: `make gpu`.
+
+    python tools/gpu_check.py [--device cuda] [--steps kernels,triton] [--output logs/gpu]
+
+Each step is a command with a time limit of its own. Its output goes to OUTPUT/STEP.log and what it
+found to OUTPUT/results.jsonl, at once; a failed one stops no other. Prints a table, writes gpu.json
+and gpu.png from all of results.jsonl, so that a check may be made in several calls. The exit status
+is the number of correctness steps that failed. With --device cpu the same is rehearsed, in small.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / "tools" / "gpu"
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Options of both train.py for the rows of the models.
+NUMBERS = {"float32": "", "TF32": "--tf32 on", "bfloat16": "--amp bfloat16"}
+VERSIONS = "import torch; print('PyTorch', torch.__version__, 'CUDA', torch.version.cuda)"
+# Every toolkit of the machine, and why Jittor would not take it.
+TOOLKITS = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from jittor_impl.aligned.setup import cuda_toolkit as c
+for nvcc in filter(None, [c.packaged_nvcc(Path.home()), *c.system_nvccs()]):
+    print(nvcc, c.toolkit_version(nvcc), "cuDNN", c.cudnn_version(nvcc))
+    print("  problem:", c.problem(nvcc, Path.home()))
+"""
+
+
+def last_line(step, output):
+    lines = [line for line in output.splitlines() if line.strip()]
+    return dict(summary=lines[-1].strip()[:160] if lines else "")
+
+
+def json_lines(step, output):
+    """The lines of kernels.py and operators.py."""
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    wrong = [row for row in rows if row.get("ok") is False]
+    timed = [row for row in rows if row.get("ratio")]
+    if timed:
+        worst = max(timed, key=lambda row: row["ratio"])
+        text = f"{len(timed)} timed, farthest from its floor: {worst['kernel']}, "
+        return dict(summary=f"{text}{worst['ratio']:.1f} times", rows=timed)
+    text = f"{len(rows)} cases, {len(wrong)} wrong"
+    return dict(summary=text + (f", the first is {wrong[0]}" if wrong else ""), rows=wrong)
+
+
+def bench_rows(step, output):
+    with open(step.folder / "bench.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["floor_ms"]]
+    names = ("task", "jittor_ms", "torch_ms", "floor_ms", "jittor_peak_mib", "torch_peak_mib")
+    rows = [{name: row[name] for name in names} for row in rows]
+    parts = [f"{float(row['jittor_ms']):.1f}/{float(row['torch_ms']):.1f}" for row in rows]
+    return dict(summary=f"ms in Jittor/PyTorch: {', '.join(parts)}", rows=rows)
+
+
+@dataclass
+class Step:
+    """Commands, one after another, within `limit` seconds together."""
+
+    name: str
+    limit: int
+    commands: list
+    folder: Path
+    correctness: bool = True
+    find: object = last_line
+    environment: dict = field(default_factory=dict)
+    skip: str = ""
+
+    def run(self):
+        """What the step found, as results.jsonl has it."""
+        if self.skip:
+            return dict(step=self.name, ok=None, summary=f"skipped: {self.skip}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log, start, status = self.folder.with_suffix(".log"), time.perf_counter(), 0
+        with open(log, "w") as file:
+            for command in self.commands:
+                left = self.limit - (time.perf_counter() - start)
+                status = run_command([str(word) for word in command], file, self.environment, left)
+                if status and self.correctness:
+                    break
+        result = dict(step=self.name, correctness=self.correctness, ok=status == 0)
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        text = log.read_text(errors="replace")
+        try:
+            result |= self.find(self, text)
+        except (OSError, ValueError, KeyError):
+            result |= last_line(self, text)
+        if status == TIMED_OUT:
+            result["summary"] = f"stopped after {self.limit} s: {result['summary']}"
+        return result
+
+
+TIMED_OUT = 124
+
+
+def run_command(command, log, environment, seconds):
+    """The exit status; after `seconds` it and all that it started are killed."""
+    log.write(f"$ {' '.join(command)}\n")
+    log.flush()
+    try:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+    except OSError as error:
+        log.write(f"{command[0]}: {error.strerror}\n")
+        return 127
+    try:
+        return process.wait(max(seconds, 0))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return TIMED_OUT
+
+
+def has_option(python, option):
+    command = [python, ROOT / "torch_impl" / "train.py", "--help"]
+    return option in subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def make_steps(args):
+    """In the order in which they run."""
+    jittor, torch, cpu = args.jittor_python, args.torch_python, args.device == "cpu"
+    on_device, small = [f"--device={args.device}"], ["--small"] if cpu else []
+    pythons = [f"--jittor-python={jittor}", f"--torch-python={torch}"]
+    kernels = [torch, TOOLS / "kernels.py", *on_device]
+
+    def step(name, limit, *commands, **others):
+        folder = args.output / name.replace(" ", "-")
+        # A few cores take longer to compile for.
+        return Step(name, 5 * limit if cpu else limit, list(commands), folder, **others)
+
+    def tests(framework, name, limit, files, chosen):
+        """Some of tests/, as they run by themselves; on a CPU the first alone."""
+        python = jittor if framework == "jittor" else torch
+        environment = {"OVERLOCK_DEVICE": args.device, "OVERLOCK_TESTS": framework}
+        environment |= {"JITTOR_PYTHON": jittor, "TORCH_PYTHON": torch}
+        paths = [f"tests/test_{file}.py" for file in (files[:1] if cpu else files)]
+        chosen = ["-k", chosen] if chosen else []
+        # Not --tb=no: the log is all that comes back from a machine that is given away.
+        command = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+        name = f"{framework} {name}"
+        return step(name, limit, [*command, *paths, *chosen], environment=environment)
+
+    smi = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm"]
+    yield step(
+        "inventory",
+        60,
+        *([*smi, "--format=csv,noheader"], ["nvidia-smi", "-q"], ["uname", "-a"]),
+        *(["ldd", "--version"], ["g++", "--version"], ["nvcc", "--version"]),
+        *([torch, "-c", VERSIONS], [jittor, "-c", TOOLKITS]),
+        correctness=False,
+    )
+    yield step("build", 300, [jittor, "-c", "import jittor_impl.models"])
+    yield step("kernels", 120, [*kernels, *small], find=json_lines)
+    sanitizer = shutil.which("compute-sanitizer")
+    why = "needs a GPU" if cpu else "" if sanitizer else "compute-sanitizer is not installed"
+    for tool in SANITIZERS:
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *kernels, "--small"]
+        yield step(tool, 90, command, skip=why)
+    yield step("triton", 120, [torch, "tests/triton_run.py", args.device])
+    yield step("operators", 120, [jittor, TOOLS / "operators.py", *on_device], find=json_lines)
+    files = ["contmix_block", "models", "ops"]
+    chosen = "reference" if cpu else "not (triton or compile or cpu)"
+    yield tests("torch", "models", 120, files, chosen)
+    yield tests("jittor", "models", 240, [*files, "functions", "aligned_nn"], chosen)
+    chosen = "files_of_a_run" if cpu else "files_of_a_run or kill_and_resume or evaluate_repeats"
+    for framework in ("torch", "jittor"):
+        yield tests(framework, "training", 180, ["train"], chosen)
+    sample = args.output / "sample"
+    sizes = ["--sample-classes=3", "--sample-train=8", "--sample-val=2"] if cpu else []
+    draw = [torch, "data/prepare.py", "--sample", f"--output={sample}", *sizes]
+    options = ["--num-classes=3", "--train-per-class=8", "-b=8", "--steps=1"]
+    options = options if cpu else ["--num-classes=5"]
+    command = [torch, "align.py", *on_device, *pythons, f"--data-dir={sample}", *options]
+    yield step("align", 150, draw, [*command, f"--output={args.output / 'align'}"])
+    for name, options in NUMBERS.items():
+        why = "needs a GPU" if cpu and options else ""
+        if options and not cpu and not has_option(torch, options.split()[0]):
+            why = f"train.py has no {options.split()[0]}"
+        only = "batch norm, 64x96x4x4" if cpu else "training step"
+        command = [torch, "bench.py", *on_device, *pythons, f"--only={only}", "--rounds=1"]
+        made = step(f"speed {name}", 240, skip=why, correctness=False, find=bench_rows)
+        made.commands = [[*command, f"--train-options={options}", f"--output={made.folder}"]]
+        yield made
+    floors = [*kernels, "--time", *small]
+    yield step("floors", 120, floors, correctness=False, find=json_lines)
+
+
+def draw(results, path):
+    """Step times of both frameworks, and how many times its floor each kernel takes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    speeds = [
+        (r["step"], row) for r in results if "speed" in r["step"] for row in r.get("rows", [])
+    ]
+    labels = [f"{row['task']}, {name.partition(' ')[2]}" for name, row in speeds]
+    for i, (name, color) in enumerate((("jittor", "#00466e"), ("torch", "#f0ad30"))):
+        values = [float(row[f"{name}_ms"]) for _, row in speeds]
+        places = [y + 0.4 * i for y in range(len(values))]
+        left.barh(places, values, height=0.38, color=color, label=name)
+    left.set_yticks(range(len(labels)), labels, fontsize=7)
+    left.set(title="Training step", xlabel="ms")
+    left.invert_yaxis()
+    left.legend()
+    timed = [row for r in results if r["step"] == "floors" for row in r.get("rows", [])]
+    places = range(len(timed))
+    right.barh(places, [row["ratio"] for row in timed], color="#00466e")
+    labels = [f"{row['kernel']} {'x'.join(map(str, row['shape'][:5]))}" for row in timed]
+    right.set_yticks(places, labels, fontsize=6)
+    right.set(title="Our kernels", xlabel="times the floor", xscale="log")
+    right.axvline(2, color="black", linewidth=0.8)
+    right.invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(prog="gpu_check.py", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda", help="cpu rehearses it, in small")
+    for name, framework in (("jittor", "Jittor"), ("torch", "PyTorch")):
+        python = str(ROOT / f".venv-{name}/bin/python")
+        add(f"--{name}-python", default=python, help=f"Python of {framework}'s environment")
+    add("--steps", default="", help="only these, by name, with commas between; all by default")
+    add("--output", type=Path, default=ROOT / "logs" / "gpu", help="for all that is written")
+    return parser
+
+
+def main():
+    parser = make_parser()
+    args = parser.parse_args()
+    args.output = args.output.resolve()
+    steps = list(make_steps(args))
+    chosen = [name for name in args.steps.split(",") if name] or [s.name for s in steps]
+    unknown = set(chosen) - {s.name for s in steps}
+    if unknown:
+        known = ", ".join(s.name for s in steps)
+        parser.error(f"no step {', '.join(sorted(unknown))}; there are {known}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    record, failed = args.output / "results.jsonl", 0
+    for step in steps:
+        if step.name not in chosen:
+            continue
+        result = dict(device=args.device, **step.run())
+        with open(record, "a") as file:
+            file.write(json.dumps(result) + "\n")
+        failed += result["ok"] is False and step.correctness
+        verdict = {True: "ok", False: "FAILED", None: "-"}[result["ok"]]
+        seconds = result.get("seconds", 0)
+        print(f"{step.name:16} {verdict:6} {seconds:6.1f} s  {result['summary']}", flush=True)
+    # The latest of each step.
+    results = {r["step"]: r for r in map(json.loads, record.read_text().splitlines())}
+    machine = args.output / "inventory.log"
+    text = machine.read_text() if machine.exists() else ""
+    whole = dict(device=args.device, steps=list(results.values()), inventory=text)
+    (args.output / "gpu.json").write_text(json.dumps(whole, indent=1))
+    print(f"written: {args.output / 'gpu.json'}", end="")
+    if any(r.get("rows") for r in results.values()) and draws(results, args):
+        print(f", {args.output / 'gpu.png'}", end="")
+    print(f"\n{failed} correctness steps failed")
+    sys.exit(failed)
+
+
+def draws(results, args):
+    """Draw gpu.png; whether there is a matplotlib to do it."""
+    try:
+        draw(list(results.values()), args.output / "gpu.png")
+    except ImportError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
