@@ -34,9 +34,15 @@ def count_axes(state):
 
 
 class AdamW(jt.optim.AdamW):
-    """jt.optim.AdamW with the same arguments, moments and numbers; on a GPU it is that itself."""
+    """torch.optim.AdamW: its arguments and defaults, with which Jittor's would not decay.
+
+    On a GPU the step is that of jt.optim.AdamW.
+    """
 
     headers = ("adamw_cpu.h",), ()
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
+        super().__init__(list(params), lr, eps, betas, weight_decay)
 
     def step(self, loss=None, retain_graph=False):
         if not has_kernel(AdamW):

@@ -173,8 +173,27 @@ class Pair:
             found = {rename(key, self.patterns): value for key, value in found.items()}
         return found
 
-    def kept(self, check):
-        """Rows of modules that return another shape are left out if the models' outputs agree."""
+    def output(self, label, run, check="forward"):
+        """What a module returned, or what went into it ("into"); None if that was not recorded."""
+        key = f"{check}/{label if run == 'jittor' else self.forward[label]}"
+        return self.runs[run].get(key)
+
+    def weight(self, key):
+        """The initial weight of this key in Jittor, or None."""
+        return self.runs["jittor"].get(f"weights/{key}")
+
+    def before(self, label):
+        """Pairs (text, the reference's array) of what modules before it take and return."""
+        mode = label.split(" ")[0]
+        for other in self.forward:
+            if not other.startswith(f"{mode} "):
+                continue
+            into = self.output(other, "reference", "into")
+            if into is not None:
+                yield f"the input of {other}", into
+            if other == label:
+                return
+            yield f"the output of {other}", self.output(other, "reference")
 
     def trained(self, run):
         keys = self.about[run]["trained"]
@@ -224,7 +243,23 @@ def compare(pair, check):
         keep = determined(*(pair.arrays("gradients", run) for run in ("torch", "reference")))
     if check == "forward" and about["torch"]["random"]:
         exact = {key: value for key, value in exact.items() if not key.startswith("training ")}
-    return compare_arrays(check, ours, theirs, exact, exact, keep) if exact else []
+    if not exact:
+        return []
+    rows = list(compare_arrays(check, ours, theirs, exact, exact, keep))
+    return without_other_shapes(pair, rows) if check == "forward" else rows
+
+
+def without_other_shapes(pair, rows):
+    """The rows of "forward", less those of another shape where the models as a whole agree.
+
+    Such a module is cut otherwise: it concatenates what in PyTorch its caller does.
+    """
+    agree = {row["name"].split(" ")[0] for row in rows if row["ok"] and OUTPUT in row["name"]}
+    left = [r for r in rows if " has shape " in r["name"] and r["name"].split(" ")[0] in agree]
+    if left:
+        first = left[0]["name"].split(" ", 1)[1]
+        pair.notes.append(f"{len(left)} outputs of another shape left out, the first: {first}")
+    return [row for row in rows if row not in left]
 
 
 def like(array, other):

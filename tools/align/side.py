@@ -254,7 +254,7 @@ def differing(arrays, again):
 
 
 def load_weights(f, model, weights, patterns):
-    """Give the model PyTorch's weights, or raise UserError with the keys that have no counterpart."""
+    """Give the model PyTorch's weights, or raise UserError with the keys that do not fit."""
     state = f.state(model)
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     given = {rename(key, patterns): value for key, value in weights.items()}
