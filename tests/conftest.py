@@ -19,7 +19,7 @@ from tools import frameworks  # noqa: E402
 # What is about Jittor alone runs beside Jittor; what needs matplotlib, or both environments, runs
 # beside PyTorch.
 if NAME == "jittor":
-    torch_only = ("plot", "prepare", "both", "packages", "oracles", "plugins", "onnx")
+    torch_only = ("plot", "prepare", "both", "ports", "packages", "oracles", "plugins", "onnx")
     collect_ignore = [f"test_{name}.py" for name in torch_only]
 else:
     jittor_only = ("aligned_nn", "functions", "setup", "cuda_setup")
