@@ -214,7 +214,7 @@ def of_gradients(pair, names, departs_before):
     if departs_before:
         return begin + "it follows from the forward pass."
     factor = float((ours * exact).sum() / (exact**2).sum())
-    if explains(factor * exact, ours.astype(np.float64)):
+    if abs(factor - 1) > 1e-3 and explains(factor * exact, ours.astype(np.float64)):
         return begin + f"it is {factor:.4g} times PyTorch's, a sum for a mean or the reverse."
     after = [module for module in order if order[module] > place(last)]
     return begin + (
