@@ -4,10 +4,12 @@ It runs beside PyTorch and starts Jittor in the environment that JITTOR_PYTHON n
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,3 +103,23 @@ def test_what_the_user_may_get_wrong(align, options, message):
     result = align(*options)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert "Traceback" not in result.stderr, result.stderr
+
+
+def test_modules_are_matched_by_name_then_by_order_and_shape():
+    from tools.align.names import kind, pairs, rename_module
+
+    conv, pool = ("conv", (2, 8, 4, 4)), ("pool", (2, 8, 2, 2))
+    jittor = {"stem": conv, "b.conv": conv, "b.pool": pool, "b.pool._layer": pool}
+    torch = {"stem": conv, "a.0": conv, "a.1": ("relu", (2, 8, 4, 4)), "a.2": pool}
+    assert pairs(jittor, torch) == {"stem": "stem", "a.0": "b.conv", "a.2": "b.pool"}
+    assert kind("MaxPool2d") == kind("Pool") == "pool" and kind("BatchNorm2d") == "batchnorm"
+    patterns = [(re.compile(r"^layers\.(\d+)\."), r"blocks.\1.")]
+    assert rename_module("layers.3", patterns) == "blocks.3"
+
+
+def test_a_layer_that_draws_is_no_fault():
+    from tools.align.side import differing
+
+    one = {"forward/training a": np.ones(3), "forward/training b": np.array([1.0, 0, 2])}
+    again = {"forward/training a": np.ones(3), "forward/training b": np.array([0.0, 2, 2])}
+    assert differing(one, one) is None and differing(one, again) == "b"
