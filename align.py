@@ -8,7 +8,6 @@ and where its limit comes from.
 """
 
 import argparse
-import csv
 import hashlib
 import subprocess
 import sys
@@ -17,20 +16,23 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+from tools.align import ports, side
+from tools.align.compare import (
+    EXACT,
+    PERTURBED_RUNS,
+    adamw,
+    compare_arrays,
+    compare_bits,
+    compare_steps,
+    determined,
+    draw,
+    of_check,
+    summary,
+    write_table,
+)
 from tools.frameworks import ROOT, Jittor, Torch
 
 CHECKS = ("weights", "batches", "forward", "loss", "gradients", "step", "adamw", "steps")
-EPS = float(np.finfo(np.float32).eps)
-# How many times PyTorch's error in float32 Jittor may have: in one array, where chance is large,
-ARRAY_LIMIT = 10
-# in the mean over the arrays of a check, where it averages out,
-CHECK_LIMIT = 3
-# and in the loss of a step, beside PyTorch from perturbed weights; both averaged over WINDOW steps,
-STEP_LIMIT = 3
-WINDOW = 10
-# the largest of so many perturbed runs: one of two may be 16 times as far away as the other.
-PERTURBED_RUNS = 5
-STATISTICS = ("running_mean", "running_var")
 
 
 def make_parser():
@@ -62,6 +64,7 @@ def make_parser():
         "for torch_impl/train.py --init"
     )
     add("--write-perturbed", type=Path, metavar="FILE", help=perturbed)
+    ports.add_arguments(parser)
     add("--worker", nargs=3, metavar=("FRAMEWORK", "TASK", "FILE"), help=argparse.SUPPRESS)
     return parser
 
@@ -203,6 +206,8 @@ def many_steps(f, args, model):
 def worker(args):
     """Run in the environment of `framework`: write what the check compares."""
     framework, task, path = args.worker
+    if task == "port":
+        return side.run(path)
     if framework == "jittor":
         f = Jittor(args.device)
     else:
@@ -253,173 +258,6 @@ def fail(message):
     sys.exit(2)
 
 
-def relative_errors(actual, reference, floor):
-    """(maximum, mean) of |actual - reference| relative to |reference|'s, or `floor` if larger."""
-    difference, size = np.abs(actual.astype(np.float64) - reference), np.abs(reference)
-    return difference.max() / max(size.max(), floor), difference.mean() / max(size.mean(), floor)
-
-
-def compare_bits(check, jittor, torch):
-    """Rows of a check for equality."""
-    for name in [*torch, *(name for name in jittor if name not in torch)]:
-        same = name in jittor and name in torch and jittor[name].dtype == torch[name].dtype
-        same = same and np.array_equal(jittor[name], torch[name])
-        yield dict(check=check, name=name, ok=same)
-
-
-def determined(torch, reference):
-    """{name: which elements of a gradient have a sign that float32 can tell}.
-
-    They are more than ten times as large as its largest error.
-    """
-    return {
-        name: np.abs(array) > 10 * np.abs(torch[name] - array).max()
-        for name, array in reference.items()
-    }
-
-
-def adamw(arrays):
-    """{name: parameter after AdamW's first step from the weights and gradients in `arrays`}.
-
-    Computed in float64.
-    """
-    options, weights = of_check(arrays, "options"), of_check(arrays, "weights")
-    lr, eps, decay = (float(options[name]) for name in ("lr", "eps", "weight_decay"))
-    gradients = of_check(arrays, "gradients").items()
-    # At the first step the corrected moments are the gradient and its square.
-    return {
-        name: weights[name] * (1 - lr * decay) - lr * g / (np.abs(g) + eps)
-        for name, g in ((name, gradient.astype(np.float64)) for name, gradient in gradients)
-    }
-
-
-def compare_arrays(check, jittor, torch, reference, torch_reference, keep):
-    """Rows of a check within rounding.
-
-    keep: {name: mask of the elements to compare}, all of them where there is none. PyTorch's error
-    is that against `torch_reference`. What Jittor's inference fuses into one kernel has no
-    counterpart and is left out.
-    """
-    fused = {name for name in reference if name.startswith("inference ")}
-    for name in reference:
-        if name not in jittor and name not in fused:
-            yield dict(check=check, name=f"{name} is missing", ok=False)
-    # Some gradients are zero in exact arithmetic, such as that of a bias before BatchNorm: their
-    # errors are relative to the gradients at large.
-    floor = np.median([np.abs(array).mean() for array in reference.values()])
-    for name in (name for name in reference if name in jittor):
-        ours, theirs = jittor[name].shape, reference[name].shape
-        if ours != theirs:
-            yield dict(check=check, name=f"{name} has shape {ours}, not {theirs}", ok=False)
-            continue
-        kept = keep.get(name, np.ones(reference[name].shape, bool))
-        if not kept.any():
-            continue
-        exact, torch_exact = reference[name][kept], torch_reference[name][kept]
-        largest, mean = relative_errors(jittor[name][kept], exact, floor)
-        torch_largest, torch_mean = relative_errors(torch[name][kept], torch_exact, floor)
-        # No limit is below half a unit in the last place: float32 cannot be nearer on the whole.
-        limit = ARRAY_LIMIT * max(torch_mean, EPS / 2)
-        if check == "step" and not name.endswith(STATISTICS):
-            limit = np.inf
-        yield dict(
-            check=check,
-            name=name,
-            max_error=largest,
-            mean_error=mean,
-            torch_max_error=torch_largest,
-            torch_mean_error=torch_mean,
-            limit=limit,
-            ok=bool(mean <= limit),
-        )
-
-
-def smoothed(gaps):
-    """Means over windows of ten steps, (runs, steps) -> (runs, windows), one for a shorter run."""
-    width = min(WINDOW, gaps.shape[1])
-    return np.lib.stride_tricks.sliding_window_view(gaps, width, axis=1).mean(2)
-
-
-def compare_steps(jittor, torch, perturbed):
-    """Rows of the last check, one a step; the limit is that of the window that ends there.
-
-    jittor and torch are losses, (steps,), perturbed those of several runs, (runs, steps).
-    """
-    gap, chance = (np.abs(runs - torch) / np.abs(torch) for runs in (jittor[None], perturbed))
-    limits = STEP_LIMIT * np.maximum(smoothed(chance).max(0), EPS / 2)
-    for i, (ours, limit) in enumerate(zip(smoothed(gap)[0], limits), min(WINDOW, len(torch)) - 1):
-        yield dict(
-            check="steps",
-            name=f"step {i + 1}",
-            max_error=gap[0, i],
-            mean_error=ours,
-            torch_max_error=chance[:, i].max(),
-            torch_mean_error=limit / STEP_LIMIT,
-            limit=limit,
-            ok=bool(ours <= limit),
-        )
-
-
-def of_check(arrays, check):
-    start = f"{check}/"
-    return {name[len(start) :]: value for name, value in arrays.items() if name.startswith(start)}
-
-
-def summary(check, rows):
-    """One line of the table, and the name of the first row beyond its limit, or None."""
-    failed = [row for row in rows if not row["ok"]]
-    if check in ("weights", "batches"):
-        text = f"{len(rows)} arrays, {len(rows) - len(failed)} equal bit by bit"
-    else:
-        measured = [row for row in rows if "mean_error" in row]
-        if not measured:
-            return f"{check:9} FAILED, nothing to compare", "everything"
-        nearest = max(measured, key=lambda row: row["mean_error"] / row["limit"])
-        means = [[row[key] for row in measured] for key in ("mean_error", "torch_mean_error")]
-        mean, torch_mean = map(np.mean, means)
-        maxima = [[row[key] for row in measured] for key in ("max_error", "torch_max_error")]
-        largest, torch_largest = map(max, maxima)
-        text = (
-            f"{len(rows):4} | max {largest:.1e}  mean {mean:.1e} | allowed error from: "
-            f"max {torch_largest:.1e}  mean {torch_mean:.1e} | nearest to its limit: "
-            f"{nearest['name']}, {nearest['mean_error'] / nearest['limit']:.2f} of it"
-        )
-        if check != "steps" and mean > CHECK_LIMIT * max(torch_mean, EPS / 2):
-            failed = failed or [nearest]
-    first = failed[0]["name"] if failed else None
-    beyond = f"FAILED, {len(failed)} beyond the limit, the first is {first}"
-    return f"{check:9} {text} | {beyond if failed else 'ok'}", first
-
-
-def draw(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    measured = [row for row in rows if row["check"] == "forward" and "mean_error" in row]
-    forward = [row for row in measured if row["name"].startswith("training")]
-    steps = [row for row in rows if row["check"] == "steps"]
-    numbers = [int(row["name"].split()[1]) for row in steps]
-    change = "weights perturbed by one unit in the last place"
-    perturbed = f"PyTorch, {change}, largest of {PERTURBED_RUNS}"
-    for axes, x, shown, error, label in (
-        (left, range(len(forward)), forward, "mean_error", "PyTorch in float32"),
-        (right, numbers, steps, "max_error", perturbed),
-    ):
-        theirs, ours = ([row[key] for row in shown] for key in (f"torch_{error}", error))
-        axes.plot(x, theirs, color="#f0ad30", linewidth=2.5, label=label)
-        axes.plot(x, ours, color="#00466e", linewidth=1, label="Jittor")
-        axes.set_yscale("log")
-        axes.legend()
-    left.set(title="Every module in order of execution", xlabel="module")
-    left.set(ylabel="mean error relative to PyTorch in float64")
-    right.set(title="Training step after training step", xlabel="step")
-    right.set(ylabel="relative gap of the loss to PyTorch")
-    figure.savefig(path, dpi=150)
-
-
 def compare(check, jittor, torch, reference, runs):
     """The rows of a check.
 
@@ -428,10 +266,13 @@ def compare(check, jittor, torch, reference, runs):
     if check == "steps":
         return compare_steps(*runs)
     ours, theirs, exact = (of_check(arrays, check) for arrays in (jittor, torch, reference))
-    if check in ("weights", "batches"):
+    if check in EXACT:
         return compare_bits(check, ours, theirs)
     if check == "adamw":
-        formula, torch_formula = adamw(jittor), adamw(torch)
+        formula, torch_formula = (
+            adamw(*(of_check(arrays, part) for part in ("weights", "gradients", "options")))
+            for arrays in (jittor, torch)
+        )
         ours, theirs = (of_check(arrays, "step") for arrays in (jittor, torch))
         return compare_arrays(check, ours, theirs, formula, torch_formula, {})
     keep = {}
@@ -445,6 +286,8 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return worker(args)
+    if args.jittor or args.torch:
+        return ports.main(args)
     if args.steps < 1 or args.batch_size < 2 or args.img_size < 32:
         parser.error("--steps must be at least 1, --batch-size 2, --img-size 32")
     if args.batch_size > args.num_classes * args.train_per_class:
@@ -472,12 +315,7 @@ def main():
         print(line, flush=True)
         departures += [f"{check}: {first}"] if first else []
         rows += found
-    with open(args.output / "alignment.csv", "w", newline="") as f:
-        columns = ["check", "name", "max_error", "mean_error"]
-        columns += ["torch_max_error", "torch_mean_error", "limit", "ok"]
-        writer = csv.DictWriter(f, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(rows, args.output / "alignment.csv")
     draw(rows, args.output / "alignment.png")
     print(f"written: {args.output / 'alignment.csv'}, {args.output / 'alignment.png'}")
     if departures:

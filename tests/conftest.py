@@ -25,7 +25,7 @@ if DEVICE == "cpu":
 # What is about Jittor alone runs beside Jittor; what needs matplotlib, or both environments, runs
 # beside PyTorch.
 if NAME == "jittor":
-    torch_only = ("plot", "prepare", "both", "packages", "plugins", "onnx")
+    torch_only = ("plot", "prepare", "both", "ports", "packages", "plugins", "onnx")
     torch_only += ("oracles", "augment_oracles", "gpu_check")
     collect_ignore = [f"test_{name}.py" for name in torch_only]
 else:

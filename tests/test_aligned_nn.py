@@ -11,7 +11,7 @@ from jittor_impl.aligned.functions import (
     interpolate,
     pooling_matrix,
 )
-from jittor_impl.aligned.nn import BatchNorm2d, Conv2d
+from jittor_impl.aligned.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, LayerNorm
 from jittor_impl.aligned.start import jt
 
 
@@ -173,3 +173,54 @@ def test_half_precision(kernels, monkeypatch):
     for half, single in zip(results[:2], results[2:]):
         for actual, expected in zip(half, single):
             assert np.abs(actual - expected).max() <= (2**-11 + 5e-6) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 4, 5), (2, 3, 4, 5)])
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm(shape, axes, eps, affine):
+    """Jittor's own loses 6e-3 at a mean of 200 times the spread."""
+    if axes == len(shape):
+        axes = 1
+    generator = np.random.default_rng(0)
+    x = (generator.standard_normal(shape) + 200).astype(np.float32)
+    layer = LayerNorm(shape[-axes:], eps, affine)
+    weight, bias = (generator.standard_normal(shape[-axes:]).astype(np.float32) for _ in range(2))
+    if affine:
+        layer.weight.update(jt.array(weight))
+        layer.bias.update(jt.array(bias))
+    last = tuple(range(len(shape) - axes, len(shape)))
+    exact = x.astype(np.float64)
+    exact = exact - exact.mean(last, keepdims=True)
+    exact = exact / np.sqrt((exact**2).mean(last, keepdims=True) + eps)
+    expected = exact * weight + bias if affine else exact
+    # The mean itself is a float32, half a unit in the last place of 200 beside a spread of 1.
+    assert error(layer(jt.array(x)).numpy(), expected) < 5e-6 + 200 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (4, 3, 7), (2, 3, 4, 5, 6)])
+def test_batch_norm_of_other_shapes(shape):
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    layer = BatchNorm2d(3, eps=1e-3, momentum=0.2)
+    layer.train()
+    out, axes = layer(jt.array(x)).numpy(), (0, *range(2, len(shape)))
+    exact = x.astype(np.float64)
+    mean, variance = exact.mean(axes, keepdims=True), exact.var(axes, keepdims=True)
+    assert error(out, (exact - mean) / np.sqrt(variance + 1e-3)) < 5e-6
+    unbiased = 0.8 + 0.2 * exact.var(axes, ddof=1)
+    assert error(layer.running_var.numpy(), unbiased) < 1e-5
+
+
+def test_what_batch_norm_does_not_cover_is_named():
+    for options in (dict(affine=False), dict(momentum=None), dict(track_running_stats=False)):
+        with pytest.raises(ValueError, match="BatchNorm2d: only with a momentum"):
+            BatchNorm2d(3, **options)
+
+
+@pytest.mark.parametrize("size", [3, (2, 5), (None, 3), (4, None)])
+def test_adaptive_pooling_layer_takes_a_size_for_each_axis(size):
+    x = np.random.default_rng(0).standard_normal((2, 3, 6, 5)).astype(np.float32)
+    h, w = (size, size) if isinstance(size, int) else (size[0] or 6, size[1] or 5)
+    rows, cols = pooling_matrix(6, h).numpy(), pooling_matrix(5, w).numpy()
+    assert error(AdaptiveAvgPool2d(size)(jt.array(x)).numpy(), rows @ x @ cols.T) < 1e-6

@@ -171,3 +171,23 @@ print(model(jt.ones(1, 3, 64, 64)).numpy().shape)
 """
     result = python(code, folder=clone)
     assert result.returncode == 0 and "(1, 2)" in result.stdout, result.stderr
+
+
+def test_the_folder_of_layers_works_alone(tmp_path):
+    """As its README says: copied with the kernels, under a name of one's own."""
+    shutil.copytree(ROOT / "jittor_impl" / "aligned", tmp_path / "layers")
+    shutil.copytree(ROOT / "jittor_impl" / "kernels", tmp_path / "layers" / "kernels")
+    code = """
+from layers.start import jt, nn
+from layers.swap import swapped
+own = nn.BatchNorm2d, nn.AdamW
+with swapped():
+    norm, pool = nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d((None, 3))
+    optimizer = nn.AdamW(norm.parameters())
+    assert type(norm).__module__ == "layers.nn" and optimizer.weight_decay == 0.01
+    optimizer.step((pool(norm(jt.randn(2, 2, 4, 5))) ** 2).sum())
+    print(pool(jt.ones(1, 2, 4, 5)).shape, norm.num_batches_tracked.item())
+assert own == (nn.BatchNorm2d, nn.AdamW)
+"""
+    result = python(code, folder=tmp_path)
+    assert result.returncode == 0 and "[1,2,4,3,] 1" in result.stdout, result.stdout + result.stderr

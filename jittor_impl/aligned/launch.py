@@ -8,7 +8,10 @@ from pathlib import Path
 
 from .start import jt, plain_path
 
-KERNELS = plain_path(Path(__file__).resolve().parent.parent / "kernels", jt.compiler.cache_path)
+FOLDER = Path(__file__).resolve().parent
+# Beside this folder; within it in a copy of this folder alone (README.md).
+KERNELS = next(path for path in (FOLDER / "kernels", FOLDER.parent / "kernels") if path.is_dir())
+KERNELS = plain_path(KERNELS, jt.compiler.cache_path)
 # What the kernels read and write, by jt.flags.use_cuda; sums and statistics are float32 for each.
 TYPES = {0: ("float32",), 1: ("float32", "float16", "bfloat16")}
 

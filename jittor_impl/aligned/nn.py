@@ -33,10 +33,18 @@ class Conv2d(nn.Conv2d):
 
 
 class BatchNorm2d(nn.Module):
-    """torch.nn.BatchNorm2d: two-pass variance, unbiased running_var, num_batches_tracked kept."""
+    """torch.nn.BatchNorm2d: two-pass variance, unbiased running_var, num_batches_tracked kept.
 
-    def __init__(self, num_features, eps=1e-5, momentum=0.1):
+    BatchNorm1d and BatchNorm3d too: x (B, C) or (B, C, ...).
+    """
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True):
         super().__init__()
+        if momentum is None or not affine or not track_running_stats:
+            raise ValueError(
+                "BatchNorm2d: only with a momentum, affine=True and track_running_stats=True, got "
+                f"{momentum}, {affine}, {track_running_stats}"
+            )
         self.eps = eps
         self.momentum = momentum
         self.weight = jt.ones(num_features)
@@ -47,6 +55,9 @@ class BatchNorm2d(nn.Module):
         self.num_batches_tracked = jt.array(np.zeros((), np.int32)).stop_grad()
 
     def execute(self, x):
+        if x.ndim != 4:
+            # (B, C, ...) -> (B, C, n, 1) and back
+            return self.execute(x.reshape(*x.shape[:2], -1, 1)).reshape(x.shape)
         if not self.training:
             scale = self.weight / jt.sqrt(self.running_var + self.eps)
             shift = self.bias - self.running_mean * scale
@@ -124,12 +135,37 @@ def sum_of_branches(module, x, branches):
     return out
 
 
+class LayerNorm(nn.Module):
+    """torch.nn.LayerNorm, over the last axes of x: two-pass variance."""
+
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True):
+        super().__init__()
+        if isinstance(normalized_shape, int):
+            normalized_shape = (normalized_shape,)
+        self.normalized_shape = tuple(normalized_shape)
+        self.eps = eps
+        self.weight = jt.ones(self.normalized_shape) if elementwise_affine else None
+        self.bias = jt.zeros(self.normalized_shape) if elementwise_affine and bias else None
+
+    def execute(self, x):
+        axes = tuple(range(x.ndim - len(self.normalized_shape), x.ndim))
+        if tuple(x.shape[axes[0] :]) != self.normalized_shape:
+            raise ValueError(f"LayerNorm of {self.normalized_shape} got shape {tuple(x.shape)}")
+        x = x - x.mean(axes, keepdims=True)
+        x = x / jt.sqrt((x * x).mean(axes, keepdims=True) + self.eps)
+        x = x if self.weight is None else x * self.weight
+        return x if self.bias is None else x + self.bias
+
+
 class AdaptiveAvgPool2d(nn.Module):
-    """torch.nn.AdaptiveAvgPool2d for a square output."""
+    """torch.nn.AdaptiveAvgPool2d: an output size, or one for each axis, None for the input's."""
 
     def __init__(self, output_size):
         super().__init__()
         self.output_size = output_size
 
     def execute(self, x):
-        return adaptive_avg_pool2d(x, (self.output_size, self.output_size))
+        size = self.output_size
+        size = (size, size) if size is None or isinstance(size, int) else size
+        # (B, C, H, W) -> (B, C, h, w)
+        return adaptive_avg_pool2d(x, [n or own for n, own in zip(size, x.shape[2:])])

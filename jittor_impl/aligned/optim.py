@@ -42,9 +42,12 @@ def axes_and_type(state):
 
 
 class AdamW(jt.optim.AdamW):
-    """jt.optim.AdamW with the same arguments, moments and numbers."""
+    """torch.optim.AdamW: its arguments and defaults, with which Jittor's would not decay."""
 
     headers = ("adamw_cpu.h",), ("adamw_cpu.h", "cuda_launch.h", "adamw_cuda.h")
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
+        super().__init__(list(params), lr, eps, betas, weight_decay)
 
     def backward(self, loss, retain_graph=False):
         """Add the gradients of `loss` to those since the last step."""
