@@ -33,6 +33,7 @@ from tools.align.compare import (
 from tools.frameworks import ROOT, Jittor, Torch
 
 CHECKS = ("weights", "batches", "forward", "loss", "gradients", "step", "adamw", "steps")
+OPTIONS = ("lr", "eps", "weight_decay")
 
 
 def make_parser():
@@ -47,6 +48,8 @@ def make_parser():
         add(f"--{name}-python", default=python, help=f"Python of {framework}'s environment")
     data_dir = ROOT / "data" / "tiny-imagenet-200"
     add("--model", default="overlock_xxt", help="variant")
+    recipe = "train.py's, with all that it turns on: augmentation, clipping, drop path, ..."
+    add("--recipe", default="tiny", help=recipe)
     size = "images of another size are repeated or thinned out"
     add("--img-size", type=int, default=64, help=size)
     add("-b", "--batch-size", type=int, default=16, help="images a step")
@@ -70,9 +73,15 @@ def make_parser():
 
 
 def training_args(f, args):
-    """train.py's arguments for this run: its defaults but for what align.py has options for."""
-    given = dict(model=args.model, num_classes=args.num_classes, seed=args.seed)
-    return argparse.Namespace(**{**vars(f.train_args()), **given})
+    """train.py's arguments for this run: its recipe but for what align.py has options for."""
+    names = ("recipe", "model", "num_classes", "seed", "batch_size", "data_dir", "train_per_class")
+    words = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    words += ["--val-per-class=1", "--workers=0", "--no-progress"]
+    if args.recipe != "tiny":
+        words += [f"--img-size={args.img_size}"]
+    run_args = f.train_args(*words)
+    f.module("recipe").settle_recipe(run_args)
+    return run_args
 
 
 def build(f, args):
@@ -107,8 +116,7 @@ def resized(images, side):
 
 def load_data(f, args):
     """The training and the validation split."""
-    load = f.module("dataset").load
-    return load(args.data_dir, args.num_classes, args.train_per_class, 1, False)
+    return f.module("train").load_data(training_args(f, args), args.train_per_class)
 
 
 def batches(f, args, train):
@@ -121,6 +129,7 @@ def batches(f, args, train):
         epoch += 1
         for images, labels in train.batches(args.batch_size, args.seed, epoch):
             if len(labels) == args.batch_size:
+                labels = labels if labels.ndim == 1 else labels.astype(f.dtype)
                 yield resized(images, args.img_size).astype(f.dtype), labels
 
 
@@ -148,13 +157,11 @@ def first_step(f, args):
 
     def store_as(name):
         def store(output):
-            # A block of Focus-Net returns features and context prior, the last one no prior, and
-            # calls its drop_path twice.
+            # A block of Focus-Net returns features and context prior, the last one no prior.
             several = isinstance(output, (tuple, list))
             for i, array in enumerate(output if several else [output]):
                 if f.is_array(array):
-                    key = f"{name}[{i}]" if i else name
-                    outputs[f"{key}, second call" if key in outputs else key] = array
+                    outputs[f"{name}[{i}]" if i else name] = array
 
         return store
 
@@ -185,9 +192,16 @@ def first_step(f, args):
     for name, value in checkpoint.model_arrays(model).items():
         if not name.endswith("num_batches_tracked"):
             arrays[f"step/{name}"] = value
-    group = optimizer.param_groups[0]
-    for name in ("lr", "eps", "weight_decay"):
-        arrays[f"options/{name}"] = np.array(group.get(name, getattr(optimizer, name, None)))
+    if run_args.ema_decay:
+        average = train.make_model(run_args)
+        average = average.double() if f.dtype == np.float64 else average
+        f.module("ema").ModelEma(average, run_args.ema_decay).update(model)
+        for name, value in checkpoint.model_arrays(average).items():
+            if name in parameters:
+                arrays[f"step/averaged {name}"] = value
+    for group in optimizer.param_groups:
+        options = np.array([group.get(name, getattr(optimizer, name, None)) for name in OPTIONS])
+        arrays |= {f"options/{name}": options for name in group["names"]}
     return arrays
 
 
@@ -197,8 +211,9 @@ def many_steps(f, args, model):
     model.train()
     training, _ = load_data(f, args)
     optimizer, losses = train.make_optimizer(model, run_args), []
-    for (images, labels), _ in zip(batches(f, args, training), range(args.steps)):
-        main, aux = train.training_step(model, optimizer, images, labels, run_args)
+    steps = range(1, args.steps + 1)
+    for (images, labels), step in zip(batches(f, args, training), steps):
+        main, aux = train.training_step(model, optimizer, images, labels, run_args, step)
         losses.append(main + run_args.aux_loss_ratio * aux)
     return np.array(losses)
 
@@ -229,7 +244,7 @@ def worker(args):
 
 def run_worker(args, framework, task, path):
     """Run a worker in the environment of `framework`; it writes `path`."""
-    names = ("model", "img_size", "batch_size", "steps", "seed", "device", "data_dir")
+    names = ("model", "recipe", "img_size", "batch_size", "steps", "seed", "device", "data_dir")
     names += ("num_classes", "train_per_class")
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     if args.plant_fault and framework == "jittor":
@@ -258,6 +273,16 @@ def fail(message):
     sys.exit(2)
 
 
+def adamw_of(arrays):
+    """{name: parameter after AdamW's first step} from `arrays`, by the options of its group."""
+    weights, gradients, options = (of_check(arrays, n) for n in ("weights", "gradients", "options"))
+    after = {}
+    for name, gradient in gradients.items():
+        of_group = dict(zip(OPTIONS, options[name]))
+        after |= adamw({name: weights[name]}, {name: gradient}, of_group)
+    return after
+
+
 def compare(check, jittor, torch, reference, runs):
     """The rows of a check.
 
@@ -269,10 +294,7 @@ def compare(check, jittor, torch, reference, runs):
     if check in EXACT:
         return compare_bits(check, ours, theirs)
     if check == "adamw":
-        formula, torch_formula = (
-            adamw(*(of_check(arrays, part) for part in ("weights", "gradients", "options")))
-            for arrays in (jittor, torch)
-        )
+        formula, torch_formula = map(adamw_of, (jittor, torch))
         ours, theirs = (of_check(arrays, "step") for arrays in (jittor, torch))
         return compare_arrays(check, ours, theirs, formula, torch_formula, {})
     keep = {}

@@ -346,6 +346,15 @@ def test_align_finds_the_frameworks_alike(pythons, dataset, tmp_path):
     assert (tmp_path / "alignment.png").stat().st_size > 10000
 
 
+def test_align_finds_the_papers_recipe_alike(pythons, dataset, tmp_path):
+    """Mixed and erased batches, soft targets, drop path, clipping, averaged weights."""
+    result = align(pythons, dataset, tmp_path, "--recipe", "paper", "--steps", "10")
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = pd.read_csv(tmp_path / "alignment.csv")
+    assert table.ok.all() and (table.check == "batches").sum() == 12
+    assert table.name.str.startswith("averaged ").sum() > 500
+
+
 def test_align_names_a_broken_module(pythons, dataset, tmp_path):
     """A residual lost on purpose deep in the network is found there, not where it shows later."""
     options = ["--steps", "2", "--plant-fault", "sub_blocks3.1.dwconv2"]

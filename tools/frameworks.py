@@ -33,7 +33,8 @@ class Adapter:
     def train_args(self, *options):
         """train.py's arguments for these options, on the adapter's device."""
         words = ["--device", self.device, *self.options, *options]
-        return self.module("train").make_parser().parse_args(words)
+        recipe = self.module("recipe").choose_recipe(words)
+        return self.module("train").make_parser(recipe).parse_args(words)
 
 
 class Jittor(Adapter):
