@@ -24,6 +24,7 @@ from tools.align.compare import (
 )
 from tools.align.names import UserError, kind, pairs, read_map, rename, rename_module
 from tools.align.side import OUTPUT, make_inputs, module_name
+from tools.frameworks import ROOT
 
 CHECKS = ("weights", "dropout", "trainable", "forward", "loss", "gradients", "step", "adamw")
 CHECKS += ("buffers", "steps")
@@ -103,7 +104,7 @@ def run_job(args, job, folder):
     path.write_text(json.dumps(job))
     framework = "Jittor" if job["framework"] == "jittor" else "PyTorch"
     python = args.jittor_python if framework == "Jittor" else args.torch_python
-    command = [python, str(Path(sys.argv[0]).resolve()), "--worker", job["framework"], "port", path]
+    command = [python, ROOT / "align.py", "--worker", job["framework"], "port", path]
     try:
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     except OSError:
@@ -164,10 +165,9 @@ class Pair:
 
     def arrays(self, check, run):
         """{name: array} of a check."""
-        if check in ("forward", "into"):
-            stored, ours = self.runs[run], run == "jittor"
-            names = {a: a if ours else b for a, b in self.forward.items()}
-            return {a: stored[f"{check}/{b}"] for a, b in names.items() if f"{check}/{b}" in stored}
+        if check == "forward":
+            found = {label: self.output(label, run) for label in self.forward}
+            return {label: array for label, array in found.items() if array is not None}
         found = of_check(self.runs[run], check)
         if run != "jittor":
             found = {rename(key, self.patterns): value for key, value in found.items()}
@@ -241,7 +241,7 @@ def compare(pair, check):
     keep = {}
     if check == "step":
         keep = determined(*(pair.arrays("gradients", run) for run in ("torch", "reference")))
-    if check == "forward" and about["torch"]["random"]:
+    if check == "forward" and any(about[run]["random"] for run in ("jittor", "torch")):
         exact = {key: value for key, value in exact.items() if not key.startswith("training ")}
     if not exact:
         return []
@@ -292,10 +292,7 @@ def compare_trainable(pair):
 
 
 def measure(args):
-    """Run the three: (rows, lines of the table, departures, the pair).
-
-    departures: {check: name of the first row beyond its limit}.
-    """
+    """Run the three: (rows, lines of the table, {check: its first departure}, sentences, notes)."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         runs = {name: run_job(args, job, folder) for name, job in jobs(args, folder).items()}
@@ -325,6 +322,12 @@ def main(args):
     """The command: print the table, write it, and end with status 1 if the models part."""
     try:
         args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "alignment.csv").touch()
+    except OSError as error:
+        message = f"cannot write to {args.output} ({error.strerror}); give another --output"
+        print(f"align.py: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    try:
         rows, lines, departures, sentences, notes = measure(args)
     except (UserError, Failed) as error:
         print(f"align.py: error: {error}", file=sys.stderr)
