@@ -62,7 +62,7 @@ def other_settings(d):
 
 
 def shown(values):
-    return values[0] if len(values) == 1 else tuple(values)
+    return values[0] if len(set(values)) == 1 else tuple(values)
 
 
 def lost_residual(d):
