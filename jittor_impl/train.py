@@ -239,15 +239,16 @@ def evaluate(model, data, args):
     """
     model.eval()
     loss = top1 = top5 = 0
-    for images, labels in data.batches(args.batch_size):
-        images = jt.array(images)
-        logits = model(images).numpy().astype(np.float64)  # (n, classes)
-        logits -= logits.max(1, keepdims=True)
-        target = logits[np.arange(len(labels)), labels][:, None]  # (n,) -> (n, 1)
-        loss += (np.log(np.exp(logits).sum(1)) - target[:, 0]).sum()
-        # Written with "not below", so that a NaN never counts as right.
-        rank = (~(logits < target)).sum(1)  # (n,), 1 is best
-        top1, top5 = top1 + (rank <= 1).sum(), top5 + (rank <= 5).sum()
+    with closing(data.batches(args.batch_size)) as batches:
+        for images, labels in batches:
+            images = jt.array(images)
+            logits = model(images).numpy().astype(np.float64)  # (n, classes)
+            logits -= logits.max(1, keepdims=True)
+            target = logits[np.arange(len(labels)), labels][:, None]  # (n,) -> (n, 1)
+            loss += (np.log(np.exp(logits).sum(1)) - target[:, 0]).sum()
+            # Written with "not below", so that a NaN never counts as right.
+            rank = (~(logits < target)).sum(1)  # (n,), 1 is best
+            top1, top5 = top1 + (rank <= 1).sum(), top5 + (rank <= 5).sum()
     n = len(data)
     return dict(val_loss=float(loss) / n, acc_top1=int(top1) / n, acc_top5=int(top5) / n)
 
@@ -459,11 +460,12 @@ def run_training(args, files):
 
 def main():
     args = parse_args()
+    asked = argparse.Namespace(**vars(args))  # before what is left open is filled in
     files = RunFiles(args.output, SUFFIX)
 
     def advice():
         if files.started and files.last.exists():
-            return f"resume with: {resume_command(args)}"
+            return f"resume with: {resume_command(asked)}"
         anew = args.resume or args.evaluate
         return "give the same command again" if anew else "no epoch was finished"
 
