@@ -149,7 +149,7 @@ def test_loss_of_soft_targets(impl):
     logits = generator.standard_normal((6, 3)).astype(np.float32)
     targets = generator.dirichlet(np.ones(3), 6).astype(np.float32)
     output = dict(main=impl.array(logits), aux=impl.array(2 * logits))
-    loss, main, aux = (float(impl.numpy(x)) for x in train.losses(output, targets, parse()))
+    loss, main, aux = (impl.numpy(x).item() for x in train.losses(output, targets, parse()))
     for actual, scale in ((main, 1), (aux, 2)):
         z = scale * logits.astype(np.float64)
         log_softmax = z - np.log(np.exp(z).sum(1, keepdims=True))
