@@ -64,10 +64,8 @@ def no_gradient(model):
 
 def save(path, model):
     """A checkpoint of train.py, after no step of training."""
-    optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        zeros = torch.zeros_like(parameter, requires_grad=False)
-        optimizer.state[parameter] = dict(exp_avg=zeros, exp_avg_sq=zeros)
+    names, parameters = zip(*model.named_parameters())
+    optimizer = torch.optim.AdamW([dict(params=parameters, names=names)])
     run = dict(epoch=0, step=0, best_top1=0.0, args={}, data={}, history=[])
     save_checkpoint(path, model, optimizer, None, run)
     return str(path)

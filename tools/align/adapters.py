@@ -10,8 +10,8 @@ from tools.frameworks import Jittor, Torch
 
 
 class JittorPort(Jittor):
-    def __init__(self, aligned):
-        super().__init__()
+    def __init__(self, aligned, device):
+        super().__init__(device)
         self.aligned = aligned
 
     @contextmanager
@@ -117,7 +117,7 @@ class TorchPort(Torch):
         return f"{type(module).__module__}.{type(module).__qualname__}.forward", False
 
     def array(self, x):
-        return self.torch.from_numpy(np.array(x))
+        return self.torch.from_numpy(np.array(x)).to(self.device)
 
     def cross_entropy(self, output, labels):
         return self.torch.nn.functional.cross_entropy(output, self.array(labels))
@@ -133,7 +133,7 @@ class TorchPort(Torch):
     def gradients_of(self, optimizer, variables):
         """Those of the last step, zero where the loss does not reach."""
         return [
-            np.zeros(tuple(v.shape), self.dtype) if v.grad is None else v.grad.numpy()
+            np.zeros(tuple(v.shape), self.dtype) if v.grad is None else v.grad.cpu().numpy()
             for v in variables
         ]
 
@@ -141,4 +141,4 @@ class TorchPort(Torch):
         return optimizer.param_groups[0].get(name)
 
     def detached(self, x):
-        return x.detach().numpy()
+        return x.detach().cpu().numpy()

@@ -82,6 +82,7 @@ def jobs(args, folder):
         own = parse_json(f"--{name}-kwargs", getattr(args, f"{name}_kwargs"))
         made[framework] = dict(
             framework=framework,
+            device=args.device,
             factory=getattr(args, name),
             kwargs={**both, **own},
             input=args.input,

@@ -108,7 +108,7 @@ class Side:
                 for name in PROBABILITIES:
                     if isinstance(getattr(module, name, None), (int, float)):
                         setattr(module, name, 0.0)
-        return model.double() if f.dtype == np.float64 else model
+        return f.place(model.double() if f.dtype == np.float64 else model)
 
     def settings_of(self, module):
         """What the report says of a module: its class, its settings, what a call of it runs."""
@@ -288,9 +288,10 @@ def run(path):
     from tools.align.adapters import JittorPort, TorchPort
 
     if job["framework"] == "jittor":
-        f = JittorPort(job["aligned"])
+        f = JittorPort(job["aligned"], job["device"])
     else:
-        f = TorchPort(np.float64 if job["framework"] == "torch64" else np.float32)
+        dtype = np.float64 if job["framework"] == "torch64" else np.float32
+        f = TorchPort(job["device"], dtype=dtype)
     try:
         with f.building():
             side = Side(f, job)
