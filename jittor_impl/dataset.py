@@ -86,9 +86,9 @@ class TinyImageNet:
         What an image looks like depends on seed, epoch and its place in the data set alone. The
         last batch may be smaller.
         """
-        order, _ = shuffled(len(self), seed, epoch, self.hflip)
+        order, flip = shuffled(len(self), seed, epoch, self.hflip)
         places = [order[start : start + batch_size] for start in range(0, len(self), batch_size)]
-        for number, images in enumerate(self.pixels(places, seed, epoch)):
+        for number, images in enumerate(self.pixels(places, flip, seed, epoch)):
             labels = self.labels[places[number]]
             # As the official training does: mixed as pixels, then normalised, then erased.
             if seed is not None and self.mixup:
@@ -101,9 +101,11 @@ class TinyImageNet:
                     self.transform.erase(image, generator)
             yield images, labels
 
-    def pixels(self, places, seed, epoch):
-        """Yield the images (n, H, W, 3) uint8 at each of `places`, arrays of n indices."""
-        _, flip = shuffled(len(self), seed, epoch, self.hflip)
+    def pixels(self, places, flip, seed, epoch):
+        """Yield the images (n, H, W, 3) uint8 at each of `places`, arrays of n indices.
+
+        flip (N,): which are flipped, where no transform is drawn by seed and epoch.
+        """
         for place in places:
             images = self.images[place]
             flipped = flip[place]
@@ -139,9 +141,11 @@ class ImageFolder(TinyImageNet):
         image = centre_crop(photo, self.crops.img_size, self.crops.img_size, self.crops.crop_pct)
         return image[:, ::-1] if flipped else image
 
-    def pixels(self, places, seed, epoch):
-        """Yield the images (n, H, W, 3) uint8 at each of `places`, arrays of n indices."""
-        _, flip = shuffled(len(self), seed, epoch, self.hflip)
+    def pixels(self, places, flip, seed, epoch):
+        """Yield the images (n, H, W, 3) uint8 at each of `places`, arrays of n indices.
+
+        flip (N,): which are flipped, where no transform is drawn by seed and epoch.
+        """
         return self.loader.batches(
             [[(index, seed, epoch, flip[index]) for index in place.tolist()] for place in places]
         )

@@ -14,17 +14,16 @@ GROUP = 32  # Vars to a kernel, as many as compile in a second
 HEADERS = ("foreach_cpu.h",), ()
 
 
-def grouped(lists):
-    """Tuples of Vars that belong together, in groups for one kernel each.
+def axes_and_type(vars):
+    return len(vars[0].shape), str(vars[0].dtype)
 
-    lists: of as many Vars of the same shapes. A kernel is compiled for given numbers of axes, so
-    Vars with as many go together.
+
+def grouped(tuples):
+    """Lists of `tuples` for one kernel each; the Vars of a tuple have one shape.
+
+    A kernel is compiled for given numbers of axes and types, so those with the same go together.
     """
-
-    def count_axes(vars):
-        return len(vars[0].shape)
-
-    for _, same in groupby(sorted(zip(*lists), key=count_axes), count_axes):
+    for _, same in groupby(sorted(tuples, key=axes_and_type), axes_and_type):
         same = list(same)
         yield from (same[i : i + GROUP] for i in range(0, len(same), GROUP))
 
@@ -41,7 +40,7 @@ def each(call, n):
 def lerp(starts, ends, weight):
     """Update each Var of `starts` to start + weight * (end - start); they get no gradient."""
     with jt.no_grad():
-        for group in grouped((starts, ends)):
+        for group in grouped(zip(starts, ends)):
             old, towards = zip(*group)
             if on_gpu():
                 new = [a + weight * (b - a) for a, b in group]
@@ -58,7 +57,7 @@ def clip_grad_norm(grads, max_norm):
 
     By torch.nn.utils.clip_grad_norm_'s formula: by max_norm / (norm + 1e-6), if that is below 1.
     """
-    groups = [[var for (var,) in group] for group in grouped((grads,))]
+    groups = [[var for (var,) in group] for group in grouped(zip(grads))]
     squares = []
     for group in groups:
         code = each("out0_p[0] += overlock::sum_of_squares({a}_p, {a}->num)", len(group))

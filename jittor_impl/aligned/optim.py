@@ -4,13 +4,11 @@ Jittor's own makes six operators of every parameter, and XXT has 524 parameters.
 """
 
 from functools import cache
-from itertools import groupby
 
-from .foreach import clip_grad_norm
+from .foreach import clip_grad_norm, grouped
 from .launch import on_gpu, run_code
 from .start import jt
 
-GROUP = 32  # parameters to a kernel, as many as compile in a second
 # struct AdamWNumbers of adamw_cpu.h
 NUMBERS = ("decay", "gain1", "beta2", "gain2", "step_size", "correction", "eps")
 
@@ -35,10 +33,6 @@ def kernel_code(n):
         f"overlock::adamw(parameters, {n}, a, 0);"
     )
     return given + cpu, given + gpu
-
-
-def axes_and_type(state):
-    return len(state[0].shape), str(state[0].dtype)
 
 
 class AdamW(jt.optim.AdamW):
@@ -80,11 +74,8 @@ class AdamW(jt.optim.AdamW):
             numbers = dict(zip(NUMBERS, values))
             states = zip(group["params"], group["grads"], group["m"], group["values"])
             states = [state for state in states if not state[0].is_stop_grad()]
-            # A kernel is compiled for given numbers of axes: parameters with as many go together.
-            for _, same in groupby(sorted(states, key=axes_and_type), axes_and_type):
-                same = list(same)
-                for i in range(0, len(same), GROUP):
-                    self.update(same[i : i + GROUP], numbers)
+            for same in grouped(states):
+                self.update(same, numbers)
         self.post_step()
 
     def update(self, states, numbers):
