@@ -21,11 +21,13 @@ from tools.align.compare import (
     EXACT,
     PERTURBED_RUNS,
     adamw,
+    check_output,
     compare_arrays,
     compare_bits,
     compare_steps,
     determined,
     draw,
+    fail,
     of_check,
     summary,
     write_table,
@@ -268,11 +270,6 @@ def results_of(args, framework, task, folder):
         return dict(arrays)
 
 
-def fail(message):
-    print(f"align.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def adamw_of(arrays):
     """{name: parameter after AdamW's first step} from `arrays`, by the options of its group."""
     weights, gradients, options = (of_check(arrays, n) for n in ("weights", "gradients", "options"))
@@ -317,11 +314,7 @@ def main():
         parser.error(f"--batch-size is larger than the training set, {training_set}")
     if args.write_perturbed:
         return run_worker(args, "torch", "write", args.write_perturbed)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "alignment.csv").touch()
-    except OSError as error:
-        fail(f"cannot write to {args.output} ({error.strerror}); give another --output")
+    check_output(args.output)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         names = ("jittor", "torch", "torch64")

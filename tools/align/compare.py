@@ -4,6 +4,7 @@ Arrays come by name, rows of the table are dicts with the columns of COLUMNS.
 """
 
 import csv
+import sys
 
 import numpy as np
 
@@ -192,6 +193,20 @@ def draw(rows, path):
     right.set(title="Training step after training step", xlabel="step")
     right.set(ylabel="relative gap of the loss to PyTorch")
     figure.savefig(path, dpi=150)
+
+
+def fail(message):
+    print(f"align.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_output(folder):
+    """Make the folder; end with one line unless a table can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "alignment.csv").touch()
+    except OSError as error:
+        fail(f"cannot write to {folder} ({error.strerror}); give another --output")
 
 
 def write_table(rows, path):

@@ -13,11 +13,13 @@ import numpy as np
 from tools.align import faults
 from tools.align.compare import (
     adamw,
+    check_output,
     compare_arrays,
     compare_bits,
     compare_steps,
     determined,
     draw,
+    fail,
     of_check,
     summary,
     write_table,
@@ -321,18 +323,11 @@ def measure(args):
 
 def main(args):
     """The command: print the table, write it, and end with status 1 if the models part."""
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "alignment.csv").touch()
-    except OSError as error:
-        message = f"cannot write to {args.output} ({error.strerror}); give another --output"
-        print(f"align.py: error: {message}", file=sys.stderr)
-        sys.exit(2)
+    check_output(args.output)
     try:
         rows, lines, departures, sentences, notes = measure(args)
     except (UserError, Failed) as error:
-        print(f"align.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     inputs = " and ".join(args.input)
     print(f"{args.jittor} beside {args.torch}, input {inputs}, seed {args.seed}")
     print("\n".join([*(f"note: {note}" for note in notes), *lines]))
