@@ -4,7 +4,8 @@
                                      [--home FOLDER]
 
 The operators are those of a training step and of inference. Runs in an environment with
-requirements-jittor.txt and requirements-cuda.txt. The compiler, the headers and Jittor are the real
+requirements-jittor.txt and requirements-cuda.txt, or the first and PyTorch's packages of CUDA
+libraries beside a system-wide nvcc. The compiler, the headers and Jittor are the real
 ones; the libraries that are loaded are stand-ins whose functions do nothing (cuda_stubs.c), so that
 Jittor goes on from one operator to the next. It shows that everything compiles and links, and
 nothing about the numbers. Takes some 15 minutes on two cores; with --home the compiled files stay
@@ -54,7 +55,9 @@ def prepare(home):
 
     Returns its nvcc.
     """
-    nvcc = cuda_toolkit.packaged_nvcc(home)
+    # Those that are put together there; what is installed elsewhere gets no stand-ins.
+    nvccs = [n for n in cuda_toolkit.candidates(home) if home in Path(n).parents]
+    nvcc = next((n for n in nvccs if not cuda_toolkit.problem(n, home)), None)
     if not nvcc:
         sys.exit(
             "compile_for_cuda.py: error: NVIDIA's packages are not installed; "
