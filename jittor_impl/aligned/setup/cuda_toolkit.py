@@ -130,7 +130,7 @@ def candidates(home, chosen=None):
 
 
 def packaged_nvcc(home):
-    """The nvcc of a toolkit put together from NVIDIA's packages, None where they are not complete."""
+    """The nvcc of a toolkit of NVIDIA's packages alone, None where they are not complete."""
     files = package_files(PACKAGES) or ()
     nvccs = [f.locate() for f in files if f.parent.name == "bin" and f.name == "nvcc"]
     return put_together(home, "overlock_cuda", nvccs[0], package_links(files)) if nvccs else None
