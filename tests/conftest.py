@@ -26,7 +26,7 @@ if DEVICE == "cpu":
 # beside PyTorch.
 if NAME == "jittor":
     torch_only = ("plot", "prepare", "both", "ports", "packages", "plugins", "onnx")
-    torch_only += ("oracles", "augment_oracles", "gpu_check")
+    torch_only += ("oracles", "augment_oracles", "gpu_check", "gpu_bundle")
     collect_ignore = [f"test_{name}.py" for name in torch_only]
 else:
     jittor_only = ("aligned_nn", "functions", "setup", "cuda_setup")

@@ -327,6 +327,8 @@ def test_nvcc_takes_the_libraries_that_pytorch_brings(
     nvcc = fake_toolkit(toolkit, release, None)
     (toolkit / "lib64" / "libcublas.so").unlink()
     (toolkit / "include" / "cuda_runtime.h").touch()
+    with open(nvcc, "a") as script:
+        script.write(f"echo '#$ TOP={toolkit}/bin/..' >&2\n")
     assert choose(1, nvcc) == ""
     remedy = " ".join(cuda_toolkit.library_packages(int(release[:2])))
     assert f"there is no cuBLAS beside {nvcc}; pip install {remedy}" in capsys.readouterr().err
@@ -353,6 +355,11 @@ def test_nvcc_takes_the_libraries_that_pytorch_brings(
         ("include/cuda_runtime.h", toolkit / "include" / "cuda_runtime.h"),
     ):
         assert (root / name).resolve() == target.resolve()
+    # As a process that this one starts finds it; it is not put together again.
+    (root / "lib64" / "libcublas.so").unlink()
+    (root / "lib64" / "libcublas.so").symlink_to(toolkit / "lib64" / "libcudart.so")
+    assert choose(1, nvcc, chosen=str(composed)) == str(composed)
+    assert "_ctypes" in (root / "lib64" / "libcublas.so").resolve().name
     # A toolkit with a cuDNN of its own needs nothing of theirs.
     whole = fake_toolkit(tmp_path / "whole", release, 9)
     assert choose(1, [nvcc, whole]) == whole

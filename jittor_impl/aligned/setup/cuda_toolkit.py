@@ -105,6 +105,9 @@ def system_nvccs():
 
 def real_nvcc(nvcc):
     """The nvcc in its toolkit, where `nvcc` is a link or a script that calls it; else `nvcc`."""
+    beside = Path(nvcc).parent.parent.resolve()
+    if (beside / "lib64" / "libcudart.so").exists():  # as beside the script of `put_together`
+        return str(beside / "bin" / "nvcc")
     try:
         command = [nvcc, "--dryrun", "-c", "nothing.cu"]
         output = subprocess.run(command, capture_output=True, text=True).stderr
