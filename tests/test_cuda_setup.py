@@ -360,6 +360,9 @@ def test_nvcc_takes_the_libraries_that_pytorch_brings(
     (root / "lib64" / "libcublas.so").symlink_to(toolkit / "lib64" / "libcudart.so")
     assert choose(1, nvcc, chosen=str(composed)) == str(composed)
     assert "_ctypes" in (root / "lib64" / "libcublas.so").resolve().name
+    (root / "include" / "cudnn_version.h").unlink()
+    text = composed.read_text()
+    assert choose(1, nvcc, chosen=str(composed)) == "" and composed.read_text() == text
     # A toolkit with a cuDNN of its own needs nothing of theirs.
     whole = fake_toolkit(tmp_path / "whole", release, 9)
     assert choose(1, [nvcc, whole]) == whole

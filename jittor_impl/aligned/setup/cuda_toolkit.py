@@ -146,7 +146,7 @@ def composed_nvcc(nvcc, home):
     is not taken from them.
     """
     version = toolkit_version(nvcc)
-    if not version:
+    if not version or toolkits(home) in Path(nvcc).parents:
         return None
     files = [f for name in library_packages(version[0]) for f in package_files([name]) or ()]
     if not files:
@@ -158,6 +158,11 @@ def composed_nvcc(nvcc, home):
         links |= {f"lib64/{f.name}": f for f in library_folder(nvcc).glob(f"lib{name}.so*")}
     name = f"overlock_cuda_{'.'.join(map(str, version))}"
     return put_together(home, name, nvcc, links)
+
+
+def toolkits(home):
+    """The folder of the toolkits that are put together here."""
+    return Path(home) / ".cache" / "jittor"
 
 
 def library_packages(release):
@@ -197,7 +202,7 @@ def put_together(home, name, nvcc, links):
     names, none of which packages have. Like oneDNN's, the links are renewed at every start, not
     trusted.
     """
-    root = Path(home) / ".cache" / "jittor" / name
+    root = toolkits(home) / name
     for link, target in links.items():
         replace_link(root / link, target)
     # nvcc finds its parts beside itself, so it is called by its own name and not through a link.
