@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -68,6 +69,26 @@ def test_jittor_compiles_beside_the_steps_that_do_without_it(tmp_path):
     steps = [step("build", 2), step("kernels", 0, beside_build=True), step("operators", 0)]
     names = [step.name for step, _ in results_of(steps, time.monotonic() + 60)]
     assert names == log.read_text().split() == ["kernels", "build", "operators"]
+
+
+def test_ctrl_c_ends_what_was_started(tmp_path):
+    """The build beside a step too."""
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from tools.gpu_check import Step, results_of
+sleep = [[sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]]
+steps = [Step(n, 60, sleep, Path({str(tmp_path)!r}, n), beside_build=True) for n in ("build", "b")]
+list(results_of(steps, time.monotonic() + 60))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    logs, start = [tmp_path / "build.log", tmp_path / "b.log"], time.monotonic()
+    while not all(log.exists() and "begun" in log.read_text().splitlines() for log in logs):
+        assert time.monotonic() < start + 60
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(40) != 0
 
 
 def test_every_cuda_kernel_is_checked():

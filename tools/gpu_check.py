@@ -113,6 +113,7 @@ class Step:
 
 
 TIMED_OUT = 124
+RUNNING = set()  # processes
 
 
 def run_command(command, log, environment, seconds):
@@ -131,17 +132,25 @@ def run_command(command, log, environment, seconds):
     except OSError as error:
         log.write(f"{command[0]}: {error.strerror}\n")
         return 127
+    RUNNING.add(process)
     try:
-        return process.wait(max(seconds, 0))
+        status = process.wait(max(seconds, 0))
     except subprocess.TimeoutExpired:
-        # As by Ctrl-C, at which pytest tells what failed so far.
+        stop(process)
+        status = TIMED_OUT
+    RUNNING.discard(process)
+    return status
+
+
+def stop(process):
+    """End a process and all that it started: as by Ctrl-C, at which pytest tells what failed."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return TIMED_OUT
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def has_option(option):
@@ -303,16 +312,21 @@ def results_of(steps, deadline):
     """Run the steps; yields (step, what it found), in the order in which they end."""
     with ThreadPoolExecutor(1) as pool:
         build = None
-        for step in steps:
-            if build and not step.beside_build:
+        try:
+            for step in steps:
+                if build and not step.beside_build:
+                    yield build[0], build[1].result()
+                    build = None
+                if step.name == "build":
+                    build = step, pool.submit(step.run, deadline)
+                else:
+                    yield step, step.run(deadline)
+            if build:
                 yield build[0], build[1].result()
-                build = None
-            if step.name == "build":
-                build = step, pool.submit(step.run, deadline)
-            else:
-                yield step, step.run(deadline)
-        if build:
-            yield build[0], build[1].result()
+        except KeyboardInterrupt:
+            for process in list(RUNNING):
+                stop(process)
+            raise
 
 
 def keep(result, args):
@@ -337,4 +351,7 @@ def draws(results, args):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("gpu_check.py: interrupted; what was found is kept")
