@@ -199,8 +199,9 @@ def summary(check, rows):
             f"{len(rows):4} | max {largest:.1e}  mean {mean:.1e} | allowed error from: "
             f"max {torch_largest:.1e}  mean {torch_mean:.1e} | {nearest}"
         )
-        if check != "steps" and mean > limit:
-            failed = failed or [max(measured, key=excess)]
+        if not failed and check != "steps" and mean > limit:
+            first = max(measured, key=excess)["name"]
+            return f"{check:9} {text} | FAILED, the mean is beyond its limit, most {first}", first
     first = failed[0]["name"] if failed else None
     beyond = f"FAILED, {len(failed)} beyond the limit, the first is {first}"
     return f"{check:9} {text} | {beyond if failed else 'ok'}", first

@@ -342,6 +342,6 @@ def main(args):
         folder = Path(folder)
         try:
             runs = run_torch(args, folder)
-            sys.exit(report(args, {**runs, "jittor": run_jittor(args, folder)}))
+            sys.exit(int(report(args, {**runs, "jittor": run_jittor(args, folder)})))
         except UserError as error:
             fail(error)
