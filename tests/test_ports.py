@@ -129,8 +129,8 @@ def test_layers_with_every_option(run, tmp_path):
     code, out, err = run("--aligned", "--steps", "3", *options, *inputs)
     assert code == 0, out + err
     table = (tmp_path / "alignment.csv").read_text()
-    rows = ["forward,evaluation convs.10,", "forward,training resizes.8,", "steps,step 3,"]
-    rows += ["forward,training the model[maps][1][8],", "gradients,convs.3.bias,"]
+    rows = ["forward,evaluation convs.10,", "forward,training resizes.6,", "steps,step 3,"]
+    rows += ["forward,training the model[maps][1][6],", "gradients,convs.3.bias,"]
     for row in rows:
         assert row in table, table
     assert "adamw" not in table

@@ -17,12 +17,10 @@ CONVS = [
 # Of an interpolation of 9 rows and 12 columns.
 RESIZES = [
     dict(size=(13, 5), mode="bilinear"),
-    dict(size=(4, 20), mode="bilinear", align_corners=True),
     dict(scale_factor=2, mode="bilinear"),
     dict(scale_factor=(2, 0.5), mode="bilinear", align_corners=True),
     dict(size=(13, 5), mode="nearest"),
     dict(scale_factor=3, mode="nearest"),
     dict(size=(13, 5), mode="bicubic"),
-    dict(scale_factor=2, mode="bicubic", align_corners=True),
     dict(size=(4, 5), mode="area"),
 ]
