@@ -192,3 +192,38 @@ def test_a_layer_that_draws_is_no_fault():
     one = {"forward/training a": np.ones(3), "forward/training b": np.array([1.0, 0, 2])}
     again = {"forward/training a": np.ones(3), "forward/training b": np.array([0.0, 2, 2])}
     assert differing(one, one) is None and differing(one, again) == "b"
+
+
+def test_a_gradient_is_measured_by_the_largest_error_of_several_runs():
+    """PyTorch's own run may be lucky; a factor of 1.05 is still found, in the mean of them all too.
+
+    A step, whose single arrays have no limit, is judged by its mean, and its line says so.
+    """
+    from tools.align.compare import compare_arrays, largest_errors, summary
+
+    generator, names = np.random.default_rng(0), "abc"
+    values = generator.standard_normal(100)
+    exact = {name: generator.permutation(values) for name in names}
+
+    def times(factor):
+        return {name: array * factor for name, array in exact.items()}
+
+    def of_gradients(arrays):
+        return {f"gradients/{name}": array for name, array in arrays.items()}
+
+    runs = (of_gradients(times(1 + error)) for error in (1e-7, 1e-3, 1e-6))
+    largest = largest_errors(runs, {**of_gradients(exact), "step/a": exact["a"]})
+    perturbed = {name: largest[f"gradients/{name}"] for name in names}
+    assert [errors == pytest.approx((1e-3, 1e-3)) for errors in perturbed.values()] == [True] * 3
+
+    def verdict(check, factor, perturbed=None):
+        arrays = times(factor), times(1 + 1e-7), exact, exact
+        return summary(check, list(compare_arrays(check, *arrays, perturbed=perturbed)))
+
+    assert verdict("gradients", 1.002, perturbed)[1] is None
+    assert verdict("gradients", 1.002)[1] == "a"
+    assert verdict("gradients", 1.05, perturbed)[1] == "a"
+    line, first = verdict("gradients", 1.005, perturbed)
+    assert first == "a" and "the mean is beyond its limit" in line
+    line, first = verdict("step", 1 + 1e-7)
+    assert first is None and "judged by the mean alone, 0.33 of its limit" in line
