@@ -16,6 +16,7 @@ import align
 from tools.align import ports
 
 NETS = Path(__file__).resolve().parent / "ports"
+INPUT = "--input", "4,3,18,18"  # of the small net
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def words():
         pytest.skip("JITTOR_PYTHON is not set; `make test` sets it")
     pythons = [f"--jittor-python={os.environ['JITTOR_PYTHON']}", f"--torch-python={sys.executable}"]
     nets = [f"--{name}={NETS / name}_net.py:net" for name in ("jittor", "torch")]
-    return [*pythons, *nets, "--input=4,3,18,18", "--steps=0"]
+    return [*pythons, *nets, "--steps=0"]
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def run(words, tmp_path, monkeypatch, capsys):
     """run(*options) -> the status of align.py, what it printed, its one line of an error."""
 
     def run(*options):
+        options = options if "--input" in options else (*options, *INPUT)
         command = ["align.py", *words, f"--output={tmp_path}", *options]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         with pytest.raises(SystemExit) as ended:
@@ -74,7 +76,7 @@ def verdicts(words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     keys = folder / "map"
     keys.write_text("# the classifier\n^fc\\. -> head.\n")
-    args = align.make_parser().parse_args([*words, "--aligned"])
+    args = align.make_parser().parse_args([*words, *INPUT, "--aligned"])
     jobs = {fault: dict(kwargs={"fault": fault}) for fault in FAULTS}
     for fault in ("rate", "decay"):
         jobs[fault] = dict(optimizer=f"{NETS / 'jittor_net.py'}:other_{fault}")
