@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tools.align.compare import PERTURBED_RUNS, largest_errors, of_check
 from tools.align.names import UserError, read_map, rename, unmatched
-from tools.align.worker import SAID
+from tools.align.worker import say
 
 # The settings that are compared, where modules of both frameworks have them under these names.
 SETTINGS = ("eps", "momentum", "p", "negative_slope", "num_groups", "kernel_size", "stride")
@@ -309,7 +309,7 @@ def perturb(state, f, seed):
 def run(path):
     """Do the jobs in the JSON file `path`, one after another.
 
-    A mistake of the user's is said, and ends the program with status SAID.
+    A mistake of the user's ends the program with what is wrong.
     """
     from tools.align.adapters import JittorPort, TorchPort
 
@@ -323,11 +323,9 @@ def run(path):
             with f.building():
                 np.savez(job["output"], **measured(Side(f, job)))
         except UserError as error:
-            print(error, file=sys.stderr)
-            sys.exit(SAID)
+            say(error)
         except Exception as error:  # of a model that is not ours
-            print(where(error), file=sys.stderr)
-            sys.exit(SAID)
+            say(where(error))
 
 
 def measured(side):

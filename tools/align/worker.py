@@ -1,12 +1,18 @@
 """Starts align.py in the environment of a framework, where it computes its side."""
 
 import subprocess
+import sys
 
 from tools.align.compare import fail
 from tools.frameworks import ROOT
 
-# The status of a worker that has said in its own words what is wrong.
-SAID = 3
+# What a worker says to the user follows this on stderr, after warnings of the framework.
+SAYS = "align.py says: "
+
+
+def say(message):
+    """End a worker with what is wrong, in one line or several."""
+    sys.exit(f"{SAYS}{message}")
 
 
 def run_worker(args, framework, *options):
@@ -22,6 +28,6 @@ def run_worker(args, framework, *options):
         remedy = "run `make environments`, or give --jittor-python and --torch-python"
         fail(f"no Python at {python}; {remedy}")
     if result.returncode:
-        message = result.stderr.strip() or "no message"
-        message = message if result.returncode == SAID else message.splitlines()[-1]
-        fail(f"{framework} failed: {message}")
+        _, said, message = result.stderr.rpartition(SAYS)
+        message = message.strip() or "no message"
+        fail(f"{framework} failed: {message if said else message.splitlines()[-1]}")
