@@ -9,7 +9,6 @@ and where its limit comes from.
 
 import argparse
 import hashlib
-import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -27,11 +26,12 @@ from tools.align.compare import (
     compare_steps,
     determined,
     draw,
-    fail,
+    largest_errors,
     of_check,
     summary,
     write_table,
 )
+from tools.align.worker import run_worker
 from tools.frameworks import ROOT, Jittor, Torch
 
 CHECKS = ("weights", "batches", "forward", "loss", "gradients", "step", "adamw", "steps")
@@ -187,10 +187,8 @@ def first_step(f, args):
     optimizer = train.make_optimizer(model, run_args)
     main, aux = train.training_step(model, optimizer, images, labels, run_args)
     arrays |= take_outputs("training")
-    arrays["loss/total"] = np.array([main + run_args.aux_loss_ratio * aux])
+    arrays |= loss_and_gradients(f, model, optimizer, main + run_args.aux_loss_ratio * aux)
     parameters = checkpoint.trainable(model)
-    gradients = f.step_gradients(optimizer, list(parameters.values()))
-    arrays |= {f"gradients/{name}": value for name, value in zip(parameters, gradients)}
     for name, value in checkpoint.model_arrays(model).items():
         if not name.endswith("num_batches_tracked"):
             arrays[f"step/{name}"] = value
@@ -207,8 +205,16 @@ def first_step(f, args):
     return arrays
 
 
+def loss_and_gradients(f, model, optimizer, loss):
+    """{"check/name": array} of the step that was just made."""
+    parameters = f.module("checkpoint").trainable(model)
+    gradients = f.step_gradients(optimizer, list(parameters.values()))
+    found = {f"gradients/{name}": value for name, value in zip(parameters, gradients)}
+    return {"loss/total": np.array([loss])} | found
+
+
 def many_steps(f, args, model):
-    """The losses before each of --steps training steps."""
+    """Losses before each of --steps training steps; loss and gradients of the first step."""
     train, run_args = f.module("train"), training_args(f, args)
     model.train()
     training, _ = load_data(f, args)
@@ -217,7 +223,23 @@ def many_steps(f, args, model):
     for (images, labels), step in zip(batches(f, args, training), steps):
         main, aux = train.training_step(model, optimizer, images, labels, run_args, step)
         losses.append(main + run_args.aux_loss_ratio * aux)
-    return np.array(losses)
+        if step == 1:
+            first = loss_and_gradients(f, model, optimizer, losses[0])
+    return np.array(losses), first
+
+
+def perturbed_runs(f, args, reference):
+    """What rounding may do: losses (runs, steps), and the largest errors of the first step."""
+    losses = []
+
+    def firsts():
+        for run in range(PERTURBED_RUNS):
+            found, first = many_steps(f, args, build_perturbed(f, args, run))
+            losses.append(found)
+            yield first
+
+    errors = largest_errors(firsts(), reference)
+    return {"losses": np.array(losses), **errors}
 
 
 def worker(args):
@@ -232,10 +254,11 @@ def worker(args):
     if task == "first step":
         return np.savez(path, **first_step(f, args))
     if task == "steps":
-        return np.savez(path, losses=many_steps(f, args, build(f, args)))
+        losses, _ = many_steps(f, args, build(f, args))
+        return np.savez(path, losses=losses)
     if task == "perturbed steps":
-        models = (build_perturbed(f, args, run) for run in range(PERTURBED_RUNS))
-        return np.savez(path, losses=np.array([many_steps(f, args, model) for model in models]))
+        with np.load(Path(path).parent / "torch64-first step.npz") as reference:
+            return np.savez(path, **perturbed_runs(f, args, reference))
     from safetensors.numpy import save_file
 
     arrays = f.module("checkpoint").model_arrays(build_perturbed(f, args, run=0))
@@ -244,28 +267,20 @@ def worker(args):
     save_file({f"model.{key}": value for key, value in arrays.items()}, path)
 
 
-def run_worker(args, framework, task, path):
+def run_task(args, framework, task, path):
     """Run a worker in the environment of `framework`; it writes `path`."""
     names = ("model", "recipe", "img_size", "batch_size", "steps", "seed", "device", "data_dir")
     names += ("num_classes", "train_per_class")
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     if args.plant_fault and framework == "jittor":
         options.append(f"--plant-fault={args.plant_fault}")
-    python = args.jittor_python if framework == "jittor" else args.torch_python
-    command = [python, __file__, *options, "--worker", framework, task, path]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        remedy = "run `make environments`, or give --jittor-python and --torch-python"
-        fail(f"no Python at {python}; {remedy}")
-    if result.returncode != 0:
-        fail(f"{framework} failed: {(result.stderr.strip() or 'no message').splitlines()[-1]}")
+    run_worker(args, framework, *options, "--worker", framework, task, path)
 
 
 def results_of(args, framework, task, folder):
     """What a worker measured, {name: array}."""
     path = folder / f"{framework}-{task}.npz"
-    run_worker(args, framework, task, path)
+    run_task(args, framework, task, path)
     with np.load(path) as arrays:
         return dict(arrays)
 
@@ -280,24 +295,25 @@ def adamw_of(arrays):
     return after
 
 
-def compare(check, jittor, torch, reference, runs):
+def compare(check, jittor, torch, reference, perturbed):
     """The rows of a check.
 
-    jittor, torch and reference are as `first_step` returns them, runs are the losses for "steps".
+    jittor, torch and reference are as `first_step` returns them, the first two with the "losses" of
+    many steps; perturbed is as `perturbed_runs` returns it.
     """
     if check == "steps":
-        return compare_steps(*runs)
+        return compare_steps(*(arrays["losses"] for arrays in (jittor, torch, perturbed)))
     ours, theirs, exact = (of_check(arrays, check) for arrays in (jittor, torch, reference))
     if check in EXACT:
         return compare_bits(check, ours, theirs)
     if check == "adamw":
         formula, torch_formula = map(adamw_of, (jittor, torch))
         ours, theirs = (of_check(arrays, "step") for arrays in (jittor, torch))
-        return compare_arrays(check, ours, theirs, formula, torch_formula, {})
+        return compare_arrays(check, ours, theirs, formula, torch_formula)
     keep = {}
     if check == "step":
-        keep = determined(of_check(torch, "gradients"), of_check(reference, "gradients"))
-    return compare_arrays(check, ours, theirs, exact, exact, keep)
+        keep = determined(*(of_check(run, "gradients") for run in (torch, reference, perturbed)))
+    return compare_arrays(check, ours, theirs, exact, exact, keep, of_check(perturbed, check))
 
 
 def main():
@@ -313,19 +329,20 @@ def main():
         training_set = "--num-classes times --train-per-class images"
         parser.error(f"--batch-size is larger than the training set, {training_set}")
     if args.write_perturbed:
-        return run_worker(args, "torch", "write", args.write_perturbed)
+        return run_task(args, "torch", "write", args.write_perturbed)
     check_output(args.output)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         names = ("jittor", "torch", "torch64")
         jittor, torch, reference = (results_of(args, f, "first step", folder) for f in names)
-        tasks = (("jittor", "steps"), ("torch", "steps"), ("torch", "perturbed steps"))
-        runs = [results_of(args, *task, folder)["losses"] for task in tasks]
+        jittor |= results_of(args, "jittor", "steps", folder)
+        torch |= results_of(args, "torch", "steps", folder)
+        perturbed = results_of(args, "torch", "perturbed steps", folder)
     size = f"{args.img_size}x{args.img_size}, batch {args.batch_size}, seed {args.seed}"
     print(f"{args.model}, {size}, {args.device.upper()}; errors are relative")
     rows, departures = [], []
     for check in CHECKS:
-        found = list(compare(check, jittor, torch, reference, runs))
+        found = list(compare(check, jittor, torch, reference, perturbed))
         line, first = summary(check, found)
         print(line, flush=True)
         departures += [f"{check}: {first}"] if first else []

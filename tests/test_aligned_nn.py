@@ -8,11 +8,13 @@ from jittor_impl.aligned.functions import (
     adaptive_avg_pool2d,
     bilinear_matrix,
     convolve,
+    cross_entropy_loss,
     interpolate,
     pooling_matrix,
 )
 from jittor_impl.aligned.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, LayerNorm
-from jittor_impl.aligned.start import jt
+from jittor_impl.aligned.start import jt, nn
+from jittor_impl.aligned.swap import swapped
 
 
 def error(actual, expected):
@@ -212,10 +214,67 @@ def test_batch_norm_of_other_shapes(shape):
     assert error(layer.running_var.numpy(), unbiased) < 1e-5
 
 
-def test_what_batch_norm_does_not_cover_is_named():
+def test_cross_entropy():
+    """Jittor's own hands the largest of 1000 logits 4e-7 of gradient that is none of its own."""
+    generator = np.random.default_rng(0)
+    x = (0.1 * generator.random((2, 1000))).astype(np.float32)
+    var, labels = jt.array(x), np.array([587, 608])
+    loss = cross_entropy_loss(var, jt.array(labels.astype(np.int32)))
+    p = np.exp(x.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+    assert error(loss.numpy(), -np.log(p[[0, 1], labels]).mean()) < 1e-7
+    grad = p / 2
+    grad[[0, 1], labels] -= 0.5
+    assert np.abs(jt.grad(loss, var).numpy() - grad).max() < 1e-7 * np.abs(grad).max()
+    assert np.abs(jt.grad(loss, var).numpy() - grad)[:, x.argmax(1)].max() < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 4, 3, 5)])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("ignored", [None, 2, -100])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_of_every_kind(shape, weighted, ignored, reduction):
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal(shape).astype(np.float32)
+    labels = generator.integers(0, 4, (shape[0], *shape[2:])).astype(np.int32)
+    labels.flat[0] = 2 if ignored is None else ignored
+    weight = generator.random(4).astype(np.float32) if weighted else None
+    given = None if weight is None else jt.array(weight)
+    loss = cross_entropy_loss(jt.array(x), jt.array(labels), given, ignored, reduction)
+    known = labels if ignored is None else np.where(labels == ignored, 0, labels)
+    picked = np.take_along_axis(x.astype(np.float64), known[:, None], 1)[:, 0]
+    counted = np.ones(labels.shape) if weight is None else weight[known].astype(np.float64)
+    counted = np.where(labels == ignored, 0, counted) if ignored is not None else counted
+    expected = (np.log(np.exp(x.astype(np.float64)).sum(1)) - picked) * counted
+    if reduction == "mean":
+        expected = expected.sum() / counted.sum()
+    expected = expected.sum() if reduction == "sum" else expected
+    assert loss.dtype == "float32"
+    assert error(loss.numpy(), expected) < 5e-7
+
+
+def test_what_a_layer_does_not_cover_is_named():
     for options in (dict(affine=False), dict(momentum=None), dict(track_running_stats=False)):
         with pytest.raises(ValueError, match="BatchNorm2d: only with a momentum"):
             BatchNorm2d(3, **options)
+    for options in (dict(padding="same"), dict(padding_mode="reflect")):
+        with pytest.raises(ValueError, match="Conv2d: only a padding in numbers, with zeros, got"):
+            Conv2d(3, 3, 3, **options)
+    x = jt.ones((1, 1, 5, 4))
+    with swapped():
+        for mode in ("nearest", "bilinear", "bicubic", "area"):
+            with pytest.raises(ValueError, match=r"\(5, 4\) times 1.5 is no whole size"):
+                nn.interpolate(x, scale_factor=1.5, mode=mode)
+        for mode in ("nearest", "area"):
+            with pytest.raises(ValueError, match=f"{mode} has no align_corners"):
+                nn.interpolate(x, size=3, mode=mode, align_corners=True)
+
+
+def test_a_convolution_takes_lists_as_pytorchs_does():
+    """Jittor's own makes ([3, 2], [3, 2]) of a list."""
+    conv = Conv2d(2, 4, [3, 2], stride=[2, 1], padding=[1, 0], dilation=[1, 2])
+    assert conv.kernel_size == (3, 2) and conv.weight.shape == [4, 2, 3, 2]
+    assert tuple(conv(jt.ones((1, 2, 6, 6))).shape) == (1, 4, 3, 4)
 
 
 @pytest.mark.parametrize("size", [3, (2, 5), (None, 3), (4, None)])

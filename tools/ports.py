@@ -1,21 +1,23 @@
 """jittor.models beside torchvision.models: the table of docs/ports.md.
 
-`python tools/ports.py` runs align.py on every pair, as it is and with --aligned, and writes
-logs/reference/ports/MODEL-SIZE[-aligned].csv; names after it choose models. `--table` runs nothing
-and prints the table of what is there. The first run of a model compiles for minutes.
+`python tools/ports.py` compares every pair as align.py does, as it is and with --aligned, and
+writes logs/reference/ports/MODEL-SIZE[-aligned].csv; names after it choose models. `--table` runs
+nothing and prints the table of what is there. The first run of a model compiles for minutes.
 """
 
 import argparse
 import csv
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tools.align.compare import CHECK_LIMIT, EPS  # noqa: E402
+import align  # noqa: E402
+from tools.align import ports  # noqa: E402
+from tools.align.compare import CHECK_LIMIT, EPS, check_output  # noqa: E402
 
 FOLDER = ROOT / "logs" / "reference" / "ports"
 # {model: side of its images}: small ones where the model takes them.
@@ -31,21 +33,27 @@ MODELS = {
     "vgg11_bn": 224,
 }
 STEPS = 3
-SHOWN = ("forward", "gradients", "adamw", "buffers", "steps")
+SHOWN = ("forward", "loss", "gradients", "adamw", "buffers", "steps")
 
 
-def run(args, model, aligned):
-    """Run a pair, keep its table, and print what align.py says."""
-    side = MODELS[model]
-    command = [sys.executable, ROOT / "align.py", "--jittor-python", args.jittor_python]
-    command += ["--torch-python", args.torch_python, "--input", f"2,3,{side},{side}"]
-    command += ["--jittor", f"jittor.models:{model}", "--torch", f"torchvision.models:{model}"]
-    command += ["--steps", STEPS, "--output", args.output, *(["--aligned"] if aligned else [])]
-    result = subprocess.run(list(map(str, command)))
-    if result.returncode == 2:
-        sys.exit(2)
+def run(args, model):
+    """Run a pair with Jittor's layers and with aligned's beside the same runs of PyTorch.
+
+    Prints what align.py says, and keeps its tables.
+    """
+    side, names = MODELS[model], {"jittor": "jittor.models", "torch": "torchvision.models"}
+    words = [f"--{name}={package}:{model}" for name, package in names.items()]
+    words += [f"--jittor-python={args.jittor_python}", f"--torch-python={args.torch_python}"]
+    words += [f"--input=2,3,{side},{side}", f"--steps={STEPS}", f"--output={args.output}"]
+    pair = align.make_parser().parse_args(words)
+    check_output(args.output)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    (args.output / "alignment.csv").replace(path_of(model, aligned))
+    with tempfile.TemporaryDirectory() as folder:
+        torch = ports.run_torch(pair, Path(folder))
+        for pair.aligned in (False, True):
+            jittor = ports.run_jittor(pair, Path(folder))
+            ports.report(pair, {**torch, "jittor": jittor})
+            (args.output / "alignment.csv").replace(path_of(model, pair.aligned))
 
 
 def path_of(model, aligned):
@@ -96,8 +104,7 @@ def main():
         parser.error(f"no model {unknown[0]}; there are {', '.join(MODELS)}")
     if not args.table:
         for model in args.models or MODELS:
-            for aligned in (False, True):
-                run(args, model, aligned)
+            run(args, model)
     print("\n".join(table()))
 
 

@@ -27,6 +27,31 @@ def cross_entropy(logits, target):
     return -(target * nn.log_softmax(logits, dim=1)).sum(1).mean()
 
 
+def cross_entropy_loss(output, target, weight=None, ignore_index=None, reduction="mean"):
+    """nn.cross_entropy_loss of Jittor with PyTorch's rounding: output (n, classes), target (n,).
+
+    Or (n, classes, H, W) and (n, H, W). Labels that are no class count as ignored. Jittor's own
+    sums exponentials in float32, off by 1e-6 at 1000 classes, and gives the rest of a sum that
+    should be 0 to the gradient of the largest logit.
+    """
+    if output.ndim == 4:
+        # (n, classes, H, W) -> (n * H * W, classes)
+        output = output.permute((0, 2, 3, 1)).reshape(-1, output.shape[1])
+    logits = output.float64()
+    logits = logits - logits.max([1], keepdims=True).stop_grad()
+    # (n,) or (n, H, W) -> (n, classes), 1 at the label
+    labels = target.reshape(-1).broadcast(logits, [1])
+    one_hot = (labels.index(1) == labels).float64()
+    counted = (one_hot if weight is None else one_hot * weight).sum(1)
+    if ignore_index is not None:
+        counted = counted * (target.reshape(-1) != ignore_index)
+    loss = (logits.exp().sum(1).log() - (logits * one_hot).sum(1)) * counted
+    if reduction == "none":
+        return cast(loss, output.dtype).reshape(target.shape)
+    loss = loss.sum() / counted.sum() if reduction == "mean" else loss.sum()
+    return cast(loss, output.dtype)
+
+
 def without_gradient():
     """Whether operators record nothing for a backward pass: inside `with jt.no_grad()`."""
     return bool(jt.flags.no_grad)

@@ -28,6 +28,27 @@ from .start import jt, nn
 class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d; by kernels of ours where there is one (functions.py)."""
 
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+    ):
+        if isinstance(padding, str) or padding_mode != "zeros":
+            raise ValueError(
+                f"Conv2d: only a padding in numbers, with zeros, got {padding}, {padding_mode}"
+            )
+        # Jittor's takes a list for the size along each axis.
+        sizes = (tuple(n) if isinstance(n, list) else n for n in (kernel_size, stride, padding))
+        dilation = tuple(dilation) if isinstance(dilation, list) else dilation
+        super().__init__(in_channels, out_channels, *sizes, dilation, groups, bias)
+
     def execute(self, x):
         return convolve(x, self, super().execute)
 

@@ -7,6 +7,7 @@ interpolate while it runs.
 
 from contextlib import contextmanager
 
+import numpy as np
 from . import functions
 from .nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, LayerNorm
 from .optim import AdamW
@@ -18,17 +19,25 @@ own_interpolate = nn.interpolate
 def interpolate(
     x, size=None, scale_factor=None, mode="bilinear", align_corners=False, tf_mode=False
 ):
-    """nn.interpolate of Jittor; ours where it is bilinear with align_corners=False."""
-    if mode != "bilinear" or align_corners or tf_mode:
-        return own_interpolate(x, size, scale_factor, mode, align_corners, tf_mode)
+    """nn.interpolate of Jittor; ours where it is "area", or "bilinear" without align_corners.
+
+    scale_factor: of both axes, or a pair.
+    """
+    if mode in ("nearest", "area") and align_corners:
+        raise ValueError(f"interpolate: {mode} has no align_corners")
     if size is None:
-        size = [int(n * scale_factor) for n in x.shape[2:]]
-        if any(n * scale_factor != out for n, out in zip(x.shape[2:], size)):
+        scales = np.broadcast_to(scale_factor, 2)
+        size = [int(n * scale) for n, scale in zip(x.shape[2:], scales)]
+        if any(n * scale != out for n, scale, out in zip(x.shape[2:], scales, size)):
             raise ValueError(
                 f"interpolate: {tuple(x.shape[2:])} times {scale_factor} is no whole size"
             )
-    size = (size, size) if isinstance(size, int) else size
-    return functions.interpolate(x, size, "bilinear", False)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if mode == "area":
+        return functions.adaptive_avg_pool2d(x, size)
+    if mode == "bilinear" and not align_corners and not tf_mode:
+        return functions.interpolate(x, size, "bilinear", False)
+    return own_interpolate(x, size, None, mode, align_corners, tf_mode)
 
 
 # {module of Jittor: {name: ours}}
@@ -43,6 +52,7 @@ REPLACED = {
         "LayerNorm": LayerNorm,
         "AdaptiveAvgPool2d": AdaptiveAvgPool2d,
         "interpolate": interpolate,
+        "cross_entropy_loss": functions.cross_entropy_loss,
         "AdamW": AdamW,
     },
     jt.optim: {"AdamW": AdamW},

@@ -27,12 +27,21 @@ class IgnoredResConv(nn.Conv2d):
         return x + super().execute(x)
 
 
+class HalfConv(ResConv):
+    def execute(self, x):
+        return super().execute(x) / 2
+
+
+LOCAL = {"forward": IgnoredResConv, "factor": HalfConv}
+
+
 class Block(nn.Module):
     def __init__(self, dim, fault):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
         norm = UnbiasedNorm if fault == "unbiased" else nn.BatchNorm2d
-        self.norm = norm(dim, eps=1e-3 if fault == "epsilon" else 1e-5)
+        eps, momentum = 1e-3 if fault == "epsilon" else 1e-5, 0.2 if fault == "momentum" else 0.1
+        self.norm = norm(dim, eps=eps, momentum=momentum)
         self.fault = fault
 
     def execute(self, x):
@@ -45,7 +54,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.block = Block(8, fault)
-        self.local = (IgnoredResConv if fault == "forward" else ResConv)(8, 8, 1)
+        self.local = LOCAL.get(fault, ResConv)(8, 8, 1)
         if fault == "pooling":
             self.pool = nn.Pool(3, stride=2, padding=1, op="mean")
         else:
@@ -56,6 +65,7 @@ class Net(nn.Module):
         setattr(self, "head" if fault == "name" else "fc", nn.Linear(8, 5))
         if fault == "frozen":
             self.fc.weight.stop_grad()
+        self.fault = fault
 
     def execute(self, x):
         x = self.windows(self.pool(self.local(self.block(nn.relu(self.stem(x))))))
@@ -63,8 +73,18 @@ class Net(nn.Module):
         B, C, H, W = x.shape
         x = self.drop(self.norm(x.reshape(B, C, H * W).transpose(1, 2)))
         x = (x * x).mean(1)
+        if self.fault == "gradient":
+            x = x + (x - x.detach())
         return self.head(x) if hasattr(self, "head") else self.fc(x)
 
 
 def net(fault=None):
     return Net(fault)
+
+
+def other_rate(parameters):
+    return jt.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
+
+
+def other_decay(parameters):
+    return jt.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1)

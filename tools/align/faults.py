@@ -217,10 +217,13 @@ def of_gradients(pair, names, departs_before):
     if abs(factor - 1) > 1e-3 and explains(factor * exact, ours.astype(np.float64)):
         return begin + f"it is {factor:.4g} times PyTorch's, a sum for a mean or the reverse."
     after = [module for module in order if order[module] > place(last)]
-    return begin + (
+    sentence = (
         "the forward pass agrees, so it is the gradient of this module or of what stands between "
-        f"it and {after[0] if after else 'the loss'}."
+        f"it and {after[0] if after else 'the loss'}"
     )
+    error = np.abs(ours - exact).mean() / np.abs(exact).mean()
+    small = f"; or of the loss, as it is small, {error:.0e} of its size" if error < 1e-4 else ""
+    return begin + sentence + small + "."
 
 
 def of_step(pair, name):

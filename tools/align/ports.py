@@ -4,7 +4,6 @@ docs/ports.md shows it; docs/alignment.md says what each check compares.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +25,7 @@ from tools.align.compare import (
 )
 from tools.align.names import UserError, kind, pairs, read_map, rename, rename_module
 from tools.align.side import OUTPUT, make_inputs, module_name
-from tools.frameworks import ROOT
+from tools.align.worker import run_worker
 
 CHECKS = ("weights", "dropout", "trainable", "forward", "loss", "gradients", "step", "adamw")
 CHECKS += ("buffers", "steps")
@@ -53,10 +52,6 @@ def add_arguments(parser):
     add("--aligned", action="store_true", help="jittor_impl/aligned in place of Jittor's layers")
 
 
-class Failed(Exception):
-    """One side cannot run; the message says why."""
-
-
 def parse_json(option, text):
     try:
         value = json.loads(text)
@@ -68,7 +63,7 @@ def parse_json(option, text):
 
 
 def jobs(args, folder):
-    """The jobs of the three runs by name; PyTorch's comes first, it draws the weights."""
+    """The jobs of a pair by name, PyTorch's in the order in which they need each other's files."""
     if not (args.jittor and args.torch and args.input):
         raise UserError("--jittor, --torch and --input go together")
     make_inputs(args.input, args.seed, 0)
@@ -79,11 +74,11 @@ def jobs(args, folder):
     if bool(args.jittor_optimizer) != bool(args.torch_optimizer):
         raise UserError("--jittor-optimizer and --torch-optimizer go together")
     made = {}
-    for framework in ("torch", "torch64", "jittor"):
-        name = "jittor" if framework == "jittor" else "torch"
+    for job in ("torch", "torch64", "perturbed", "jittor"):
+        name = "jittor" if job == "jittor" else "torch"
         own = parse_json(f"--{name}-kwargs", getattr(args, f"{name}_kwargs"))
-        made[framework] = dict(
-            framework=framework,
+        made[job] = dict(
+            framework="torch" if job == "perturbed" else job,
             device=args.device,
             factory=getattr(args, name),
             kwargs={**both, **own},
@@ -94,39 +89,44 @@ def jobs(args, folder):
             seed=args.seed,
             steps=args.steps,
             aligned=args.aligned,
-            map=args.map if framework == "jittor" else None,
-            weights=None if framework == "torch" else str(folder / "torch.npz"),
-            output=str(folder / f"{framework}.npz"),
+            map=args.map if job == "jittor" else None,
+            weights=None if job == "torch" else str(folder / "torch.npz"),
+            reference=str(folder / "torch64.npz") if job == "perturbed" else None,
+            output=str(folder / f"{job}.npz"),
         )
     return made
 
 
-def run_job(args, job, folder):
-    """Run a job in its environment: {"check/name": array}, read from the file when asked for."""
-    path = folder / f"{job['framework']}.json"
-    path.write_text(json.dumps(job))
-    framework = "Jittor" if job["framework"] == "jittor" else "PyTorch"
-    python = args.jittor_python if framework == "Jittor" else args.torch_python
-    command = [python, ROOT / "align.py", "--worker", job["framework"], "port", path]
-    try:
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    except OSError:
-        remedy = "run `make environments`, or give --jittor-python and --torch-python"
-        raise UserError(f"no Python at {python}; {remedy}") from None
-    if result.returncode:
-        message = result.stderr.strip() or "no message"
-        message = message if result.returncode == 3 else message.splitlines()[-1]
-        where = " in float64" if job["framework"] == "torch64" else ""
-        raise Failed(f"{framework}{where}: {message}")
-    return np.load(job["output"])
+def run_jobs(args, framework, todo, folder):
+    """Run jobs in one process of an environment: their arrays {"check/name": array}, lazily read.
+
+    What one of them did wrong ends the program with one line.
+    """
+    path = folder / f"{framework}.json"
+    path.write_text(json.dumps(todo))
+    run_worker(args, framework, "--worker", framework, "port", path)
+    return [np.load(job["output"]) for job in todo]
+
+
+def run_torch(args, folder):
+    """PyTorch's side, {"torch", "reference", "perturbed": arrays}."""
+    made = jobs(args, folder)
+    todo = [made[name] for name in ("torch", "torch64", "perturbed")]
+    return dict(zip(("torch", "reference", "perturbed"), run_jobs(args, "torch", todo, folder)))
+
+
+def run_jittor(args, folder):
+    """Jittor's side; PyTorch's has been run in the same folder."""
+    return run_jobs(args, "jittor", [jobs(args, folder)["jittor"]], folder)[0]
 
 
 class Pair:
-    """The arrays of the three runs under Jittor's names, and what is known of the modules."""
+    """The arrays of all runs under Jittor's names, and what is known of the modules."""
 
-    def __init__(self, jittor, torch, reference, patterns):
-        self.runs = dict(jittor=jittor, torch=torch, reference=reference)
-        self.about = {name: json.loads(str(run["about"])) for name, run in self.runs.items()}
+    def __init__(self, runs, patterns):
+        self.runs = runs
+        names = ("jittor", "torch", "reference")
+        self.about = {name: json.loads(str(runs[name]["about"])) for name in names}
         self.patterns, self.notes = patterns, []
         self.module_of = {}  # {name of a module in Jittor: in PyTorch}
         self.match_outputs()
@@ -211,10 +211,8 @@ def compare(pair, check):
     if check == "trainable":
         return compare_trainable(pair)
     if check == "steps":
-        return compare_steps(
-            *(pair.runs[run][name] for run, name in (("jittor", "losses"), ("torch", "losses"))),
-            pair.runs["torch"]["perturbed losses"],
-        )
+        names = ("jittor", "torch", "perturbed")
+        return compare_steps(*(pair.runs[name]["losses"] for name in names))
     if check == "weights":
         ours, theirs = (pair.arrays(check, run) for run in ("jittor", "torch"))
         return compare_bits(
@@ -235,7 +233,7 @@ def compare(pair, check):
             parts = (pair.arrays(part, run) for part in ("weights", "gradients"))
             exact.append(adamw(*parts, options))
         ours, theirs = (pair.arrays("step", run) for run in ("jittor", "torch"))
-        return compare_arrays(check, ours, theirs, *exact, {})
+        return compare_arrays(check, ours, theirs, *exact)
     ours, theirs, exact = (pair.arrays(check, run) for run in ("jittor", "torch", "reference"))
     if check == "buffers":
         exact = {
@@ -243,12 +241,15 @@ def compare(pair, check):
         }
     keep = {}
     if check == "step":
-        keep = determined(*(pair.arrays("gradients", run) for run in ("torch", "reference")))
+        keep = determined(
+            *(pair.arrays("gradients", run) for run in ("torch", "reference", "perturbed"))
+        )
     if check == "forward" and any(about[run]["random"] for run in ("jittor", "torch")):
         exact = {key: value for key, value in exact.items() if not key.startswith("training ")}
     if not exact:
         return []
-    rows = list(compare_arrays(check, ours, theirs, exact, exact, keep))
+    perturbed = pair.arrays(check, "perturbed")
+    rows = list(compare_arrays(check, ours, theirs, exact, exact, keep, perturbed))
     return without_other_shapes(pair, rows) if check == "forward" else rows
 
 
@@ -294,47 +295,53 @@ def compare_trainable(pair):
         yield dict(check="trainable", name=key if same else f"{key} is {state} in Jittor", ok=same)
 
 
-def measure(args):
-    """Run the three: (rows, lines of the table, {check: its first departure}, sentences, notes)."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        runs = {name: run_job(args, job, folder) for name, job in jobs(args, folder).items()}
-        pair = Pair(runs["jittor"], runs["torch"], runs["torch64"], read_map(args.map))
-        rows, lines, departures = [], [], {}
-        random = {side: pair.about[side]["random"] for side in ("jittor", "torch")}
-        for side, framework in (("jittor", "Jittor"), ("torch", "PyTorch")):
-            if random[side]:
-                left = "the checks of training are left out"
-                pair.notes.append(f"{framework} draws at random in {random[side]}: {left}")
-        for check in CHECKS:
-            if any(random.values()) and check in TRAINING or check == "steps" and not args.steps:
-                continue
-            found = list(compare(pair, check))
-            if not found:
-                continue
-            line, first = summary(check, found)
-            lines.append(line)
-            if first:
-                departures[check] = first
-            rows += found
-        sentences = faults.explain(pair, rows, departures)
-    return rows, lines, departures, sentences, pair.notes
+def verdict(args, runs):
+    """(rows, lines of the table, {check: its first departure}, sentences, notes) of all runs."""
+    pair = Pair(runs, read_map(args.map))
+    rows, lines, departures = [], [], {}
+    random = {side: pair.about[side]["random"] for side in ("jittor", "torch")}
+    for side, framework in (("jittor", "Jittor"), ("torch", "PyTorch")):
+        if random[side]:
+            left = "the checks of training are left out"
+            pair.notes.append(f"{framework} draws at random in {random[side]}: {left}")
+    for check in CHECKS:
+        if any(random.values()) and check in TRAINING or check == "steps" and not args.steps:
+            continue
+        found = list(compare(pair, check))
+        if not found:
+            continue
+        line, first = summary(check, found)
+        lines.append(line)
+        if first:
+            departures[check] = first
+        rows += found
+    return rows, lines, departures, faults.explain(pair, rows, departures), pair.notes
 
 
-def main(args):
-    """The command: print the table, write it, and end with status 1 if the models part."""
-    check_output(args.output)
-    try:
-        rows, lines, departures, sentences, notes = measure(args)
-    except (UserError, Failed) as error:
-        fail(error)
+def report(args, runs):
+    """Print the table of all runs, and write it: whether the models part."""
+    rows, lines, departures, sentences, notes = verdict(args, runs)
     inputs = " and ".join(args.input)
-    print(f"{args.jittor} beside {args.torch}, input {inputs}, seed {args.seed}")
+    layers = " with aligned's layers" if args.aligned else ""
+    print(f"{args.jittor}{layers} beside {args.torch}, input {inputs}, seed {args.seed}")
     print("\n".join([*(f"note: {note}" for note in notes), *lines]))
     write_table(rows, args.output / "alignment.csv")
     draw(rows, args.output / "alignment.png")
     print(f"written: {args.output / 'alignment.csv'}, {args.output / 'alignment.png'}")
     if departures:
         print("The frameworks part.", *sentences, sep="\n")
-        sys.exit(1)
-    print("The frameworks compute the same, apart by rounding.")
+    else:
+        print("The frameworks compute the same, apart by rounding.")
+    return bool(departures)
+
+
+def main(args):
+    """The command: end with status 1 if the models part."""
+    check_output(args.output)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        try:
+            runs = run_torch(args, folder)
+            sys.exit(int(report(args, {**runs, "jittor": run_jittor(args, folder)})))
+        except UserError as error:
+            fail(error)

@@ -2,7 +2,8 @@
 
 Runs in that framework's environment. A job is a dict: framework ("jittor", "torch" or "torch64"),
 factory, kwargs, input, optimizer, optimizer_kwargs, loss, seed, steps, aligned, map (all of them as
-align.py's options), weights (the file with PyTorch's initial ones, or None) and output (the file to
+align.py's options), weights (the file with PyTorch's initial ones, or None), reference (the file
+with what torch64 computed, for runs from perturbed weights, else None) and output (the file to
 write).
 """
 
@@ -15,8 +16,9 @@ import traceback
 from pathlib import Path
 
 import numpy as np
-from tools.align.compare import PERTURBED_RUNS, of_check
+from tools.align.compare import PERTURBED_RUNS, largest_errors, of_check
 from tools.align.names import UserError, read_map, rename, unmatched
+from tools.align.worker import say
 
 # The settings that are compared, where modules of both frameworks have them under these names.
 SETTINGS = ("eps", "momentum", "p", "negative_slope", "num_groups", "kernel_size", "stride")
@@ -209,19 +211,14 @@ class Side:
 
     def train(self, model, outputs):
         """What one step of training computes, {"check/name": array}."""
-        f, (inputs, targets) = self.f, self.inputs()
+        f = self.f
         model.train()
         self.trained = f.trained(model)
         optimizer = self.optimizer(model)
         self.optimizer_name = type(optimizer).__name__
-        loss = self.loss(model(*inputs), targets)
-        f.step(optimizer, loss)
-        arrays = self.numpy(outputs, "training")
-        arrays["loss/total"] = f.detached(loss).reshape(1)
-        state = f.state(model)
-        gradients = f.gradients_of(optimizer, [state[key] for key in self.trained])
-        arrays |= {f"gradients/{key}": value for key, value in zip(self.trained, gradients)}
-        for key, value in state.items():
+        loss = self.step(model, optimizer)
+        arrays = self.numpy(outputs, "training") | self.loss_and_gradients(loss, model, optimizer)
+        for key, value in f.state(model).items():
             check = "step" if key in self.trained else "buffers"
             arrays[f"{check}/{key}"] = f.detached(value)
         for name in ("lr", "eps", "weight_decay"):
@@ -229,19 +226,46 @@ class Side:
             arrays[f"options/{name}"] = np.array(np.nan if value is None else value)
         return arrays
 
-    def many_steps(self, run=None):
-        """The losses before each of the steps, from weights perturbed as `run` says if given."""
-        model = self.build()
+    def step(self, model, optimizer, step=0):
+        """Train on the inputs of this step: the loss before it, (1,)."""
+        inputs, targets = self.inputs(step)
+        loss = self.loss(model(*inputs), targets, step)
+        self.f.step(optimizer, loss)
+        return self.f.detached(loss).reshape(1)
+
+    def loss_and_gradients(self, loss, model, optimizer):
+        """{"check/name": array} of the step that was just made."""
+        state, trained = self.f.state(model), self.f.trained(model)
+        gradients = self.f.gradients_of(optimizer, [state[key] for key in trained])
+        found = {f"gradients/{key}": value for key, value in zip(trained, gradients)}
+        return {"loss/total": loss} | found
+
+    def many_steps(self, model):
+        """Losses before each of the steps, (steps,); loss and gradients of the first step."""
         model.train()
-        if run is not None:
-            perturb(self.f.state(model), self.f, [self.job["seed"], run])
         optimizer, losses = self.optimizer(model), []
-        for step in range(1, self.job["steps"] + 1):
-            inputs, targets = self.inputs(step)
-            loss = self.loss(model(*inputs), targets, step)
-            losses.append(float(self.f.detached(loss).reshape(-1)[0]))
-            self.f.step(optimizer, loss)
-        return np.array(losses)
+        for step in range(max(self.job["steps"], 1)):
+            loss = self.step(model, optimizer, step)
+            losses.append(loss[0])
+            if step == 0:
+                first = self.loss_and_gradients(loss, model, optimizer)
+        return np.array(losses), first
+
+    def perturbed_runs(self):
+        """What rounding may do: losses (runs, steps), and the largest errors of the first step."""
+        losses = []
+
+        def firsts():
+            for run in range(PERTURBED_RUNS):
+                model = self.build()
+                perturb(self.f.state(model), self.f, [self.job["seed"], run])
+                found, first = self.many_steps(model)
+                losses.append(found)
+                yield first
+
+        with np.load(self.job["reference"]) as reference:
+            errors = largest_errors(firsts(), reference)
+        return {"losses": np.array(losses), **errors}
 
 
 def differing(arrays, again):
@@ -283,31 +307,35 @@ def perturb(state, f, seed):
 
 
 def run(path):
-    """Do the job in the JSON file `path`; a mistake of the user's ends in one line, status 3."""
-    job = json.loads(Path(path).read_text())
+    """Do the jobs in the JSON file `path`, one after another.
+
+    A mistake of the user's ends the program with what is wrong.
+    """
     from tools.align.adapters import JittorPort, TorchPort
 
-    if job["framework"] == "jittor":
-        f = JittorPort(job["aligned"], job["device"])
-    else:
-        dtype = np.float64 if job["framework"] == "torch64" else np.float32
-        f = TorchPort(job["device"], dtype=dtype)
-    try:
-        with f.building():
-            side = Side(f, job)
-            arrays = side.first_step()
-            if f.dtype == np.float32 and job["steps"]:
-                arrays["losses"] = side.many_steps()
-            if job["framework"] == "torch" and job["steps"]:
-                runs = [side.many_steps(run) for run in range(PERTURBED_RUNS)]
-                arrays["perturbed losses"] = np.array(runs)
-            np.savez(job["output"], **arrays)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(3)
-    except Exception as error:  # of a model that is not ours
-        print(where(error), file=sys.stderr)
-        sys.exit(3)
+    for job in json.loads(Path(path).read_text()):
+        if job["framework"] == "jittor":
+            f = JittorPort(job["aligned"], job["device"])
+        else:
+            dtype = np.float64 if job["framework"] == "torch64" else np.float32
+            f = TorchPort(job["device"], dtype=dtype)
+        try:
+            with f.building():
+                np.savez(job["output"], **measured(Side(f, job)))
+        except UserError as error:
+            say(error)
+        except Exception as error:  # of a model that is not ours
+            say(where(error))
+
+
+def measured(side):
+    """What a job writes."""
+    if side.job["reference"]:
+        return side.perturbed_runs()
+    arrays = side.first_step()
+    if side.f.dtype == np.float32 and side.job["steps"]:
+        arrays["losses"], _ = side.many_steps(side.build())
+    return arrays
 
 
 def where(error):
