@@ -6,12 +6,12 @@ The kernels are C++ and CUDA files. Jittor compiles them at the first call and a
 from functools import cache
 from pathlib import Path
 
-from .start import jt, plain_path
+from .start import in_cache, jt
 
 FOLDER = Path(__file__).resolve().parent
 # Beside this folder; within it in a copy of this folder alone (README.md).
 KERNELS = next(path for path in (FOLDER / "kernels", FOLDER.parent / "kernels") if path.is_dir())
-KERNELS = plain_path(KERNELS, jt.compiler.cache_path)
+KERNELS = in_cache(KERNELS.glob("*.h"), jt.compiler.cache_path)
 # What the kernels read and write, by jt.flags.use_cuda; sums and statistics are float32 for each.
 TYPES = {0: ("float32",), 1: ("float32", "float16", "bfloat16")}
 

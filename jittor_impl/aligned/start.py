@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from .setup import patch_jittor
-from .setup.atomic import package_files, replace_link
+from .setup.atomic import package_files, replace_link, replace_text
 from .setup.core_units import in_units
 from .setup.cuda_toolkit import (
     candidates,
@@ -198,16 +198,18 @@ def check_paths():
             fail(f"Jittor cannot compile: {name} lies in {path}, which has {characters}; {remedy}")
 
 
-def plain_path(folder, cache):
-    """This folder by a path that a compiler's command can hold: its own, or a link's in the cache.
+def in_cache(files, cache):
+    """A folder of the cache with copies of `files`, named after what they hold.
 
-    Unlike those of check_paths, a clone may lie anywhere.
+    Jittor recognises what it has compiled by the paths in the command, so that every clone finds
+    the same there, and may itself lie under any path.
     """
-    if re.fullmatch(PLAIN, str(folder)):
-        return folder
-    link = Path(cache) / f"{folder.name}-{hashlib.sha1(os.fsencode(folder)).hexdigest()[:16]}"
-    replace_link(link, folder)
-    return link
+    contents = {path.name: path.read_bytes() for path in sorted(files)}
+    folder = Path(cache) / f"overlock-{hashlib.sha1(repr(contents).encode()).hexdigest()[:16]}"
+    for name, content in contents.items():
+        if not (folder / name).exists():
+            replace_text(folder / name, content.decode("utf-8"), 0o644)
+    return folder
 
 
 def compile_operators_faster(jittor, cache):
@@ -221,7 +223,8 @@ def compile_operators_faster(jittor, cache):
     # asm_tuner.py swaps the stores of large loops for ones that bypass the cache, which no step of
     # ours gains from. Jittor reads every file that the command names to see whether it changed, so
     # Python is not named there.
-    jittor.flags.python_path = f"sh {plain_path(SETUP, cache)}/compile_operator.sh"
+    script = "compile_operator.sh"
+    jittor.flags.python_path = f"sh {in_cache([SETUP / script], cache) / script}"
     os.environ["OVERLOCK_PYTHON"] = sys.executable
     flags, source = jittor.flags.cc_flags, (SETUP / "operator_headers.h").read_text()
     header = Path(cache) / f"operators-{hashlib.sha1((flags + source).encode()).hexdigest()[:16]}.h"

@@ -10,10 +10,12 @@ from pathlib import Path
 FILES = 12
 # What a file declares at the top level for itself alone, which another file may call the same.
 OWN_NAME = re.compile(
-    r"^(?:(?:static|constexpr|const)\b(?!.*::\w+\().*?\b(?=\w+\s*[(=;\[{])|#\s*define\s+)(\w+)", re.M
+    r"^(?:static|constexpr|const)\b(?!.*::\w+\().*?\b(\w+)\s*[(=;\[{]", re.MULTILINE
 )
+MACRO = re.compile(r"^\s*#\s*define\b", re.MULTILINE)
 # Files that clash with a header of other files.
-ALONE = ("cuda_flags.cc", "init.cc", "pyjt_jit_flags.cc", "op_compiler.cc", "expr.cc", "fp16_op_type.cc")
+ALONE = ("cuda_flags.cc", "expr.cc", "fp16_op_type.cc", "init.cc", "op_compiler.cc")
+ALONE += ("pyjt_jit_flags.cc",)
 NOTHING = "// Its code is in the unit of the file before it.\n"
 COMMAND = re.compile(r'("[^"]*g\+\+[^"]*") "([^"]+\.cc)"(.*)')
 
@@ -54,10 +56,11 @@ def units(cmds, folder):
 
     for place, command in enumerate(cmds):
         match = COMMAND.fullmatch(command)
-        if not match or Path(match[2]).name in ALONE:
+        text = Path(match[2]).read_text(errors="replace") if match else ""
+        if not match or Path(match[2]).name in ALONE or MACRO.search(text):
             finish()
             continue
-        own = set(OWN_NAME.findall(Path(match[2]).read_text(errors="replace")))
+        own = set(OWN_NAME.findall(text))
         if len(unit) == FILES or names & own or unit and match[1] != unit[0][1][1]:
             finish()
         unit.append((place, match))
