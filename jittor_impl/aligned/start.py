@@ -45,6 +45,7 @@ SETUP = Path(__file__).resolve().parent / "setup"
 ONEDNN_PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")
 # What may stand in a path in the commands that Jittor compiles with; letters of any language.
 PLAIN = r"[\w@%+=:,./-]+"
+OF_MPI = "OMPI_", "PMI", "SLURM_"  # how variables begin that tell a process which of many it is
 
 
 def notice(message):
@@ -81,6 +82,26 @@ def provide_onednn(home):
             replace_link(root / "lib" / f.name, f.locate())
         elif "include" in f.parts:
             replace_link(root.joinpath(*f.parts[f.parts.index("include") :]), f.locate())
+
+
+def choose_mpi():
+    """Turn Jittor's MPI on where mpirun or srun started several processes, else off."""
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        # By srun's --mpi=pmix or pmi2. Jittor asks for OpenMPI's variable, MPI itself does not.
+        size = os.environ.get("PMI_SIZE")
+        if "PMIX_RANK" in os.environ:
+            size = os.environ.get("SLURM_STEP_NUM_TASKS")
+        if size:
+            os.environ["OMPI_COMM_WORLD_SIZE"] = size
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) == 1:
+        # Else Jittor would take one process for several.
+        os.environ.pop("OMPI_COMM_WORLD_SIZE", None)
+        os.environ["use_mpi"] = "0"
+        return
+    if not shutil.which(os.environ.get("mpicc_path", "mpicc")):
+        remedy = "install it (Debian: apt install openmpi-bin libopenmpi-dev)"
+        fail(f"several processes were started, but there is no mpicc to connect them; {remedy}")
+    os.environ["use_mpi"] = "1"
 
 
 def choose_cuda(home):
@@ -158,7 +179,9 @@ def compile_jittor():
     # This module again, by whatever name the folder around it goes in the user's project.
     folder, package = str(SETUP.parents[1]), SETUP.parent.name
     code = f"import sys; sys.path.insert(0, {folder!r}); import {package}.start"
-    environment = {**os.environ, "OVERLOCK_COMPILES_JITTOR": "1"}
+    # It is none of the processes that MPI connects.
+    environment = {name: os.environ[name] for name in os.environ if not name.startswith(OF_MPI)}
+    environment["OVERLOCK_COMPILES_JITTOR"] = "1"
     child = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
     try:
         status = child.wait()
@@ -265,8 +288,9 @@ def import_jittor():
     # Else the cache is named after the branch of the git repository around the environment.
     os.environ.setdefault("cache_name", "overlock")
     os.environ.setdefault("log_silent", "1")
+    choose_mpi()
     # Jittor would download cuTT and CUTLASS where it finds a GPU, and does without them.
-    for library in ("use_mpi", "use_cutt", "use_cutlass"):
+    for library in ("use_cutt", "use_cutlass"):
         os.environ.setdefault(library, "0")
     # Do not load torch where it happens to be installed.
     os.environ.setdefault("FIX_TORCH_ERROR", "0")
