@@ -32,15 +32,18 @@ def launch_command(program):
     return ["mpirun", *root, "-np", str(WORLD_SIZE), sys.executable, program]
 
 
-def sum_over_processes(x, before=[]):
+last_sum = []  # the Var of it
+
+
+def sum_over_processes(x):
     """The sum of a Var over the processes, after the one that was asked for before it.
 
     Jittor is free to change the order of operators, and all processes must have the same.
     """
     y = x.mpi_all_reduce("add")
-    if before:
-        y._add_dependency(before)
-    before[:] = [y]
+    if last_sum:
+        y._add_dependency(last_sum)
+    last_sum[:] = [y]
     return y
 
 

@@ -43,8 +43,8 @@ def launch_command(program):
         return [sys.executable, program]
     command = sys.executable, "-m", "torch.distributed.run"  # torchrun
     local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
-    nodes = [f"--nnodes={WORLD_SIZE // local}"] if local < WORLD_SIZE else []
-    return [*command, *nodes, f"--nproc_per_node={local}", program]
+    nodes = f"--nnodes={WORLD_SIZE // local}" if local < WORLD_SIZE else "--standalone"
+    return [*command, nodes, f"--nproc_per_node={local}", program]
 
 
 def all_reduce(numbers):
