@@ -7,6 +7,7 @@ without `nvcc`, and compiles for minutes without a word.
 
 import atexit
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,12 +49,19 @@ PLAIN = r"[\w@%+=:,./-]+"
 OF_MPI = "OMPI_", "PMI", "SLURM_"  # how variables begin that tell a process which of many it is
 
 
+def is_rank_0():
+    return os.environ.get("OMPI_COMM_WORLD_RANK", "0") == "0"
+
+
 def notice(message):
-    print(f"jittor_impl: {message}", file=sys.stderr, flush=True)
+    if is_rank_0():
+        print(f"jittor_impl: {message}", file=sys.stderr, flush=True)
 
 
 def fail(message):
-    notice(f"error: {message}")
+    if not is_rank_0():
+        time.sleep(3)  # what rank 0 meets too, it says alone: mpirun then ends the others
+    print(f"jittor_impl: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -191,6 +199,15 @@ def compile_jittor():
         sys.exit(130)
     if status != 0:
         fail(f"Jittor could not be compiled (status {status}), the reason is above")
+
+
+@contextmanager
+def one_at_a_time(folder):
+    """Keep other processes that want the same out meanwhile, where the file system has locks."""
+    with open(Path(folder) / "overlock.lock", "a") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def jittor_home():
@@ -342,8 +359,11 @@ def import_jittor():
     nvcc, core = os.environ["nvcc_path"], "jittor_core*"
     if nvcc:
         core = f"cu{'.'.join(map(str, toolkit_version(nvcc)))}*/{core}"
-    if not compiling and not list(Path(jittor_utils.cache_path).glob(core)):
-        compile_jittor()
+    cache = Path(jittor_utils.cache_path)
+    if not compiling and not list(cache.glob(core)):
+        with one_at_a_time(cache):
+            if not list(cache.glob(core)):
+                compile_jittor()
     try:
         with signal_handlers_kept(signal.SIGINT, signal.SIGCHLD):
             import jittor
