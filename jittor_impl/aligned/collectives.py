@@ -49,7 +49,7 @@ def sum_over_processes(x):
 
 def all_reduce(numbers):
     """The sum over the processes of a NumPy array."""
-    return sum_over_processes(jt.array(numbers)).numpy()
+    return sum_over_processes(jt.array64(numbers)).numpy()
 
 
 def sum_gradients(optimizer):
@@ -80,7 +80,7 @@ class SyncBatchNormFunction(jt.Function):
         B, C, H, W = x.shape
         n, zeros = B * H * W, jt.zeros(C)
         _, mean, _, _, var = batch_norm(x, weight, bias, zeros, zeros, 1.0, eps)  # of this process
-        n_all = jt.array(np.full(C, n * counts, np.float64))
+        n_all = jt.array64(np.full(C, n * counts, np.float64))
         mean = mean.float64()
         # The squares about 0, from those about the mean: in float64, where no digits are lost.
         squares = var.float64() * ((n - 1) / n) if n > 1 else zeros.float64()
