@@ -5,6 +5,7 @@
 #             those of torch_impl on a current PyTorch, those of jittor_impl on another Python;
 #             make test-gpu runs those that compute on a GPU, which make test hides
 # make gpu    check all of it on a GPU in ten minutes: right, and how fast (docs/gpu.md)
+# make gpu-bundle   what make gpu needs on a machine without a network, below 60 MB
 # make compile-cuda   compile all of the Jittor side for CUDA 13, on a machine with no GPU (15 minutes)
 # Each environment is made when it is first needed, and again when its requirements change.
 
@@ -18,7 +19,7 @@ DEMO_LOGS := logs/demo
 # Jittor compiles itself while PyTorch is downloaded.
 MAKEFLAGS += -j2
 
-.PHONY: demo align bench lint test test-gpu gpu test-versions compile-cuda environments python-version clean
+.PHONY: demo align bench lint test test-gpu gpu gpu-bundle test-versions compile-cuda environments python-version clean
 
 environments: .venv-jittor/ready .venv-torch/ready
 
@@ -107,6 +108,12 @@ test-gpu: .venv-jittor/test .venv-torch/test
 
 gpu: .venv-jittor/test .venv-torch/test
 	$(TORCH) tools/gpu_check.py --jittor-python $(JITTOR) --torch-python $(TORCH)
+
+# For a machine whose PyTorch runs on Python GPU_PYTHON.
+GPU_PYTHON ?= 3.12
+
+gpu-bundle: | python-version
+	$(PYTHON) tools/gpu_bundle.py --python-version $(GPU_PYTHON)
 
 .venv-current/ready: requirements-torch.txt requirements-test.txt | python-version
 	@echo "Making .venv-current: a current PyTorch (6 GB)"

@@ -4,7 +4,8 @@
                                      [--home FOLDER]
 
 The operators are those of a training step and of inference. Runs in an environment with
-requirements-jittor.txt and requirements-cuda.txt. The compiler, the headers and Jittor are the real
+requirements-jittor.txt and requirements-cuda.txt, or the first and PyTorch's packages of CUDA
+libraries beside a system-wide nvcc. The compiler, the headers and Jittor are the real
 ones; the libraries that are loaded are stand-ins whose functions do nothing (cuda_stubs.c), so that
 Jittor goes on from one operator to the next. It shows that everything compiles and links, and
 nothing about the numbers. Takes some 15 minutes on two cores; with --home the compiled files stay
@@ -25,6 +26,8 @@ sys.path.insert(0, str(TESTS.parent))
 from jittor_impl.aligned.setup import cuda_toolkit  # noqa: E402
 from jittor_impl.aligned.setup.atomic import replace_link  # noqa: E402
 
+# Batches of the default run, the last ones too: Jittor compiles some operators for each size.
+TRAINING, VALIDATION = (64, 16), (64, 40)
 STUBS = TESTS / "cuda_stubs.c"
 STAND_INS = ("cudart", "cublas", "cublasLt", "cudnn", "cufft", "curand", "cusparse")
 
@@ -54,7 +57,9 @@ def prepare(home):
 
     Returns its nvcc.
     """
-    nvcc = cuda_toolkit.packaged_nvcc(home)
+    # Those that are put together there; what is installed elsewhere gets no stand-ins.
+    nvccs = [n for n in cuda_toolkit.candidates(home) if home in Path(n).parents]
+    nvcc = next((n for n in nvccs if not cuda_toolkit.problem(n, home)), None)
     if not nvcc:
         sys.exit(
             "compile_for_cuda.py: error: NVIDIA's packages are not installed; "
@@ -81,16 +86,17 @@ def steps(model_name, size):
     defaults = train.make_parser().parse_args(["--num-classes", "20"])
     model = models.OverLoCK(**models.VARIANTS[model_name], num_classes=defaults.num_classes)
     optimizer = train.make_optimizer(model, defaults)
-    images, labels = np.zeros((2, 3, size, size), np.float32), np.array([0, 1])
+    images = np.zeros((max(TRAINING + VALIDATION), 3, size, size), np.float32)
     model.train()
-    train.training_step(model, optimizer, images, labels, defaults)
-    print("every operator of a training step is compiled", flush=True)
+    for n in TRAINING:
+        train.training_step(model, optimizer, images[:n], np.zeros(n, np.int64), defaults)
+        print(f"every operator of a training step of {n} images is compiled", flush=True)
     model.eval()
-    images = jt.array(images)
     with jt.no_grad():
-        model(images).numpy()
+        for n in VALIDATION:
+            model(jt.array(images[:n])).numpy()
         model.reparam()
-        model(images).numpy()
+        model(jt.array(images)).numpy()
     print("every operator of inference is compiled", flush=True)
 
 

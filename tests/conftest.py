@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from under_test import DEVICE, NAME  # noqa: E402
+from under_test import BESIDE_TORCH, DEVICE, NAME  # noqa: E402
 from tools import frameworks  # noqa: E402
 
 # What the tests expect is right to the bit on a CPU, so they see no GPU unless they ask for one.
@@ -22,12 +22,9 @@ from tools import frameworks  # noqa: E402
 if DEVICE == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# What is about Jittor alone runs beside Jittor; what needs matplotlib, or both environments, runs
-# beside PyTorch.
+# What is about Jittor alone runs beside Jittor.
 if NAME == "jittor":
-    torch_only = ("plot", "prepare", "both", "ports", "packages", "plugins", "onnx")
-    torch_only += ("oracles", "augment_oracles", "gpu_check")
-    collect_ignore = [f"test_{name}.py" for name in torch_only]
+    collect_ignore = [f"test_{name}.py" for name in BESIDE_TORCH]
 else:
     jittor_only = ("aligned_nn", "functions", "setup", "cuda_setup")
     collect_ignore = [f"test_{name}.py" for name in jittor_only]

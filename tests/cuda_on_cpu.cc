@@ -10,6 +10,7 @@
 #include "na2d_av_cpu.h"
 #include "depthwise_cpu.h"
 #include "norm_cpu.h"
+#include "foreach_cpu.h"
 #include "adamw_cpu.h"
 #include "separable_cpu.h"
 #include "cuda_launch.h"
@@ -20,6 +21,7 @@
 #include "grn_cuda.h"
 #include "separable_cuda.h"
 #include "merged_cuda.h"
+#include "foreach_cuda.h"
 #include "adamw_cuda.h"
 
 // A number of so many significant bits, as its type on a GPU: rounded to nearest, ties to even.
@@ -259,6 +261,37 @@ static void adamw(std::vector<int64_t> sizes) {
     }
 }
 
+template <typename T>
+static void foreach(std::vector<int64_t> sizes) {
+    std::printf("foreach of %d arrays\n", (int)sizes.size());
+    const float weight = 0.3f, factor = 0.7f;
+    std::vector<overlock::Arrays<float>> cpu;
+    std::vector<overlock::Arrays<T>> cuda;
+    std::vector<Array<T>> a, b;
+    std::vector<Result<T>> out;
+    for (int64_t size : sizes) a.push_back(normal<T>(size)), b.push_back(normal<T>(size)), out.emplace_back(size);
+    for (size_t k = 0; k < sizes.size(); k++) {
+        cpu.push_back({a[k].f(), b[k].f(), out[k].f(), sizes[k]});
+        cuda.push_back({a[k], b[k], out[k], sizes[k]});
+    }
+    const int count = sizes.size(), blocks = 5;
+    overlock::lerp(cpu.data(), count, weight);
+    overlock::lerp(cuda.data(), count, weight, 0);
+    for (int k = 0; k < count; k++)
+        if (sizes[k]) out[k].compare("lerp");
+    overlock::scale(cpu.data(), count, &factor);
+    overlock::scale(cuda.data(), count, &factor, 0);
+    for (int k = 0; k < count; k++)
+        if (sizes[k]) out[k].compare("scale");
+    double total = NAN, cuda_total = NAN;
+    std::vector<float> sums(blocks, NAN);
+    overlock::sum_of_squares(cpu.data(), count, &total);
+    overlock::sum_of_squares(cuda.data(), count, &cuda_total, sums.data(), blocks, 0);
+    Result<float> squares(1);
+    squares.cpu[0] = total, squares.cuda[0] = cuda_total;
+    squares.compare("sum of squares");
+}
+
 template <typename T, typename Param>
 static void a_few() {
     depthwise<T>(2, 2, 9, 18, 5, 1);
@@ -270,6 +303,7 @@ static void a_few() {
     separable<T>(5, 9, 8, 7, 6);
     merged_depthwise<T>(2, 3, 7, 9, 7);
     adamw<T>({3, 1025});
+    foreach<T>({1025, 3});
 }
 
 int main() {
@@ -303,7 +337,9 @@ int main() {
         separable<float>(2, 4, 6, 9, 15);
         separable<float>(1, 40, 33, 1, 2);
         adamw<float>({0, 1, 1024, 1025, 3000, 7});
-        adamw<float>(std::vector<int64_t>(overlock::ADAMW_GROUP, 2));
+        adamw<float>(std::vector<int64_t>(overlock::FOREACH_GROUP, 2));
+        foreach<float>({0, 1, 1024, 1025, 9000, 7});
+        foreach<float>(std::vector<int64_t>(overlock::FOREACH_GROUP, 2));
         std::printf("half\n");
         a_few<Half, float>();
         a_few<Half, Half>();

@@ -2,8 +2,9 @@
 
     python tests/gpu_graph.py [--model overlock_xxt] [--img-size 64] [--batch-size 64]
 
-prints a line of JSON: {"training": {operator: count}, "inference": {...}}. What is Jittor's own is
-built as for a CPU, so a batched product of matrices is four operators here and one on a GPU.
+prints a line of JSON: {"training": {operator: count}, "inference": {...}, "clipping and EMA": what
+--clip-grad and --ema-decay add to a training step}. What is Jittor's own is built as for a CPU, so
+a batched product of matrices is four operators here and one on a GPU.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from jittor_impl import models, train  # noqa: E402
 from jittor_impl.aligned import functions, launch  # noqa: E402
 from jittor_impl.aligned.start import jt  # noqa: E402
+from jittor_impl.ema import ModelEma  # noqa: E402
 
 # Marks of the gradient, and numbers that are part of the operator that takes them.
 NO_KERNEL = ("tape", "tapes", "array")
@@ -41,6 +43,7 @@ def main():
     args = train.make_parser().parse_args([])
     model = models.OverLoCK(**models.VARIANTS[options.model], num_classes=20)
     optimizer = train.make_optimizer(model, args)
+    averages = ModelEma(models.OverLoCK(**models.VARIANTS[options.model], num_classes=20), 0.9)
     images = np.zeros((options.batch_size, 3, options.img_size, options.img_size), np.float32)
     labels = np.zeros(options.batch_size, np.int64)
     jt.sync_all()
@@ -62,7 +65,12 @@ def main():
     model.train()
     loss, _, _ = train.losses(model(jt.array(images)), labels, args)
     optimizer.step(loss)
-    print(json.dumps({"training": operators(), "inference": inference}), flush=True)
+    training = Counter(operators())
+    optimizer.clip_grad_norm(1)
+    averages.update(model)
+    added = Counter(operators()) - training
+    found = {"training": training, "inference": inference, "clipping and EMA": added}
+    print(json.dumps(found), flush=True)
     os._exit(0)  # Jittor would execute what was built
 
 

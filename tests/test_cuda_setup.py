@@ -101,7 +101,8 @@ def fake_toolkit(folder, release, cudnn, lib64="lib64"):
     (folder / lib64).mkdir()
     # Any library that can be loaded will do.
     library = next(Path(ctypes.__file__).parent.parent.glob("lib-dynload/_ctypes*.so"))
-    (folder / lib64 / "libcudart.so").symlink_to(library)
+    for name in ("cudart", "cublas"):
+        (folder / lib64 / f"lib{name}.so").symlink_to(library)
     nvcc = folder / "bin" / "nvcc"
     nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.48\n")
     nvcc.chmod(0o755)
@@ -122,10 +123,10 @@ def choose(tmp_path, monkeypatch):
             monkeypatch.setattr(module, "device_count", lambda: gpus)
             monkeypatch.setattr(module, "driver_version", lambda: (driver, 0))
         monkeypatch.setattr(cuda_toolkit, "compute_capability", lambda number: capability)
-        monkeypatch.setattr(start, "packaged_nvcc", lambda home: packaged)
+        monkeypatch.setattr(cuda_toolkit, "packaged_nvcc", lambda home: packaged)
         nvccs = nvcc if isinstance(nvcc, list) else [nvcc] if nvcc else []
-        for name in ("system_nvccs", "nvcc_paths"):
-            monkeypatch.setattr(start, name, lambda: nvccs)
+        monkeypatch.setattr(cuda_toolkit, "system_nvccs", lambda: nvccs)
+        monkeypatch.setattr(start, "nvcc_paths", lambda: nvccs)
         start.choose_cuda(tmp_path)
         return os.environ["nvcc_path"]
 
@@ -248,8 +249,23 @@ def test_a_script_around_nvcc_is_seen_through(tmp_path, monkeypatch):
     assert cuda_toolkit.system_nvccs()[:2] == [str(nvcc), other]
 
 
+def plant_packages(site, files, contents):
+    """Packages in pip's layout: files is {package: names}, contents {last part of a name: text}."""
+    for package, names in files.items():
+        info = site / f"{package.replace('-', '_')}-13.0.dist-info"
+        info.mkdir(parents=True)
+        description = f"Metadata-Version: 2.1\nName: {package}\nVersion: 13.0\n"
+        (info / "METADATA").write_text(description)
+        (info / "RECORD").write_text("".join(f"{name},,\n" for name in names))
+        for name in names:
+            path = site / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(contents.get(path.name, ""))
+            path.chmod(0o755)
+
+
 def test_packages_of_nvidia_become_a_toolkit(tmp_path, monkeypatch):
-    """In pip's layout, and again after the environment that the links led to was replaced."""
+    """Again too after the environment that the links led to was replaced."""
     files = {package: [] for package in cuda_toolkit.PACKAGES}
     files["nvidia-cuda-nvcc"] = ["nvidia/cu13/bin/nvcc", "nvidia/cu13/bin/crt/link.stub"]
     files["nvidia-cuda-runtime"] = [
@@ -264,19 +280,8 @@ def test_packages_of_nvidia_become_a_toolkit(tmp_path, monkeypatch):
     ]
     for environment in ("old", "new"):
         site = tmp_path / environment
-        for package, names in files.items():
-            info = site / f"{package.replace('-', '_')}-13.0.dist-info"
-            info.mkdir(parents=True)
-            description = f"Metadata-Version: 2.1\nName: {package}\nVersion: 13.0\n"
-            (info / "METADATA").write_text(description)
-            (info / "RECORD").write_text("".join(f"{name},,\n" for name in names))
-            for name in names:
-                path, content = site / name, "#define CUDNN_MAJOR 9\n"
-                if path.name != "cudnn_version.h":
-                    content = f"#!/bin/sh\necho release 13.0, V13.0.88 of {environment}\n"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(content)
-                path.chmod(0o755)
+        nvcc = f"#!/bin/sh\necho release 13.0, V13.0.88 of {environment}\n"
+        plant_packages(site, files, {"nvcc": nvcc, "cudnn_version.h": "#define CUDNN_MAJOR 9\n"})
         monkeypatch.syspath_prepend(site)
         nvcc = cuda_toolkit.packaged_nvcc(tmp_path)
         root = Path(nvcc).parent.parent
@@ -291,6 +296,76 @@ def test_packages_of_nvidia_become_a_toolkit(tmp_path, monkeypatch):
         ):
             assert (root / name).resolve() == site / "nvidia" / target
         shutil.rmtree(site)
+
+
+# (release of CUDA, PyTorch's packages of libraries for it)
+LIBRARIES = [
+    (
+        "12.4",
+        {
+            "nvidia-cublas-cu12": "nvidia/cublas/lib/libcublas.so.12",
+            "nvidia-cudnn-cu12": "nvidia/cudnn/lib/libcudnn.so.9",
+        },
+    ),
+    (
+        "13.0",
+        {
+            "nvidia-cublas": "nvidia/cu13/lib/libcublas.so.13",
+            "nvidia-cudnn-cu13": "nvidia/cudnn/lib/libcudnn.so.9",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("release, libraries", LIBRARIES)
+def test_nvcc_takes_the_libraries_that_pytorch_brings(
+    tmp_path, release, libraries, package, choose, monkeypatch, capsys
+):
+    """Where its own toolkit has none, and whichever nvcc was chosen; its own files win."""
+    monkeypatch.setattr(cuda_toolkit, "SYSTEM_INCLUDE", tmp_path)
+    toolkit, site = tmp_path / "cuda", tmp_path / "site"
+    nvcc = fake_toolkit(toolkit, release, None)
+    (toolkit / "lib64" / "libcublas.so").unlink()
+    (toolkit / "include" / "cuda_runtime.h").touch()
+    with open(nvcc, "a") as script:
+        script.write(f"echo '#$ TOP={toolkit}/bin/..' >&2\n")
+    assert choose(1, nvcc) == ""
+    remedy = " ".join(cuda_toolkit.library_packages(int(release[:2])))
+    assert f"there is no cuBLAS beside {nvcc}; pip install {remedy}" in capsys.readouterr().err
+    assert set(libraries) < set(remedy.split())
+
+    header = "nvidia/cudnn/include/cudnn_version.h"
+    files = {name: [library] for name, library in libraries.items()}
+    files[list(files)[1]].append(header)
+    other = "nvidia/cublas/lib/libcudart.so.1"
+    files[list(files)[0]].append(other)
+    plant_packages(site, files, {"cudnn_version.h": "#define CUDNN_MAJOR 9\n"})
+    for name in (*libraries.values(), other):
+        shutil.copy(toolkit / "lib64" / "libcudart.so", site / name)  # which can be loaded
+    monkeypatch.syspath_prepend(site)
+    for chosen in (None, nvcc):
+        composed = Path(choose(1, nvcc, chosen=chosen))
+        assert composed.parts[-4:-2] == ("jittor", f"overlock_cuda_{release}.48")
+    root = composed.parents[1]
+    assert cuda_toolkit.cudnn_version(str(composed)) == (9,)
+    for name, target in (
+        ("lib64/libcublas.so", site / list(libraries.values())[0]),
+        ("lib64/libcudart.so", toolkit / "lib64" / "libcudart.so"),
+        ("include/cudnn_version.h", site / header),
+        ("include/cuda_runtime.h", toolkit / "include" / "cuda_runtime.h"),
+    ):
+        assert (root / name).resolve() == target.resolve()
+    # As a process that this one starts finds it; it is not put together again.
+    (root / "lib64" / "libcublas.so").unlink()
+    (root / "lib64" / "libcublas.so").symlink_to(toolkit / "lib64" / "libcudart.so")
+    assert choose(1, nvcc, chosen=str(composed)) == str(composed)
+    assert "_ctypes" in (root / "lib64" / "libcublas.so").resolve().name
+    (root / "include" / "cudnn_version.h").unlink()
+    text = composed.read_text()
+    assert choose(1, nvcc, chosen=str(composed)) == "" and composed.read_text() == text
+    # A toolkit with a cuDNN of its own needs nothing of theirs.
+    whole = fake_toolkit(tmp_path / "whole", release, 9)
+    assert choose(1, [nvcc, whole]) == whole
 
 
 def test_an_incomplete_set_of_packages_is_no_toolkit(tmp_path, monkeypatch):

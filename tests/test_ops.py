@@ -181,11 +181,15 @@ def cuda_calls(impl, dtype, monkeypatch):
     parameters = [jt.ones(3, dtype) for _ in range(33)]
     optimizer = impl.module("aligned.optim").AdamW(parameters, lr=1)
     optimizer.step(sum((p * p).sum() for p in parameters))
+    foreach = impl.module("aligned.foreach")
+    foreach.clip_grad_norm(parameters, 1)
+    foreach.lerp(parameters, parameters, 0.1)
     monkeypatch.undo()
     # na2d_av and its two gradients; depthwise convolution and the gradient of its weight, with bias
     # and without (the gradient of x is a convolution without); three norms and their gradients;
-    # pooling, whose gradient is the same call; merged branches; AdamW of 32 parameters and of one.
-    assert len(calls) == 3 + 4 + (6 if dtype == "float32" else 12) + 1 + 1 + 2
+    # pooling, whose gradient is the same call; merged branches; AdamW, the gradients' norm, their
+    # scaling and an average, each of 32 parameters and of one.
+    assert len(calls) == 3 + 4 + (6 if dtype == "float32" else 12) + 1 + 1 + 2 * 4
     return calls
 
 
@@ -207,9 +211,9 @@ def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
     for i, (_, code, inputs, outputs) in enumerate(calls):
         names = [f"in{k}_p" for k in range(len(inputs))]
         names += [f"out{k}_p" for k in range(len(outputs))]
-        types = [CUDA_TYPES[dtype] for dtype in inputs + outputs]
-        types += ["Var"] * len(inputs)
-        names += [f"in{k}" for k in range(len(inputs))]
+        types = [{**CUDA_TYPES, "float64": "double"}[dtype] for dtype in inputs + outputs]
+        types += ["Var"] * len(names)
+        names += [name.removesuffix("_p") for name in names]
         arguments = ", ".join(f"{type_}* {name}" for type_, name in zip(types, names))
         head = f"void call{i}({arguments}, std::map<std::string, double>& data)"
         lines.append(f"{head} {{ typedef {types[0]} in0_type; {code} }}")

@@ -1,4 +1,4 @@
-"""Compile na2d_av's Triton kernels to machine code for A100 and H100.
+"""Compile na2d_av's Triton kernels to machine code for T4, A100, RTX 40 and H100.
 
 `python tests/triton_compile.py` needs no GPU.
 """
@@ -33,6 +33,8 @@ CASES = [
     (80, {**SIZES, "tiles": 1}, "fp32", "fp32"),
     (90, SIZES, "fp32", "fp32"),
     (90, SIZES, "fp32", "bf16"),
+    (75, SIZES, "fp32", "fp16"),
+    (89, SIZES, "fp32", "fp32"),
 ]
 
 

@@ -12,6 +12,10 @@ import pytest
 
 NAME = os.environ.get("OVERLOCK_TESTS") or ("jittor" if find_spec("jittor") else "torch")
 DEVICE = os.environ.get("OVERLOCK_DEVICE", "cpu")
+# Tests that need matplotlib, a library beside PyTorch, or both environments: they run once, beside
+# PyTorch.
+BESIDE_TORCH = ("plot", "prepare", "both", "ports", "packages", "plugins", "onnx")
+BESIDE_TORCH += ("oracles", "augment_oracles", "gpu_check", "gpu_bundle")
 
 
 def cpu_only(reason):

@@ -1,26 +1,34 @@
 """Check the project on a GPU, in ten minutes and without a network: `make gpu`.
 
-    python tools/gpu_check.py [--device cuda] [--steps kernels,triton] [--output logs/gpu]
+    python tools/gpu_check.py [--device cuda] [--steps kernels,triton] [--seconds 570]
+                              [--bundle gpu-bundle] [--output logs/gpu]
 
 Each step is a command with a time limit of its own. Its output goes to OUTPUT/STEP.log and what it
 found to OUTPUT/results.jsonl, at once; a failed one stops no other. Prints a table, writes gpu.json
-and gpu.png from all of results.jsonl, so that a check may be made in several calls. The exit status
-is the number of correctness steps that failed. With --device cpu the same is rehearsed, in small.
+and gpu.png from all of results.jsonl, so that a check may be made in several calls. What is worth
+most comes first, and Jittor compiles itself beside the steps that do without it. The exit status is
+the number of correctness steps that failed. With --device cpu the same is rehearsed, in small.
 """
 
 import argparse
 import csv
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tools.gpu_bundle import ENVIRONMENTS  # noqa: E402
+
 TOOLS = ROOT / "tools" / "gpu"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Options of both train.py for the rows of the models.
@@ -31,7 +39,7 @@ TOOLKITS = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from jittor_impl.aligned.setup import cuda_toolkit as c
-for nvcc in filter(None, [c.packaged_nvcc(Path.home()), *c.system_nvccs()]):
+for nvcc in c.candidates(Path.home()):
     print(nvcc, c.toolkit_version(nvcc), "cuDNN", c.cudnn_version(nvcc))
     print("  problem:", c.problem(nvcc, Path.home()))
 """
@@ -76,16 +84,19 @@ class Step:
     find: object = last_line
     environment: dict = field(default_factory=dict)
     skip: str = ""
+    beside_build: bool = False  # whether it may run while Jittor compiles itself
 
-    def run(self):
-        """What the step found, as results.jsonl has it."""
-        if self.skip:
-            return dict(step=self.name, ok=None, summary=f"skipped: {self.skip}")
+    def run(self, deadline):
+        """What the step found, as results.jsonl has it; deadline: of time.monotonic()."""
+        limit = min(self.limit, deadline - time.monotonic())
+        skip = self.skip or ("no time is left" if limit < 1 else "")
+        if skip:
+            return dict(step=self.name, ok=None, summary=f"skipped: {skip}")
         self.folder.mkdir(parents=True, exist_ok=True)
         log, start, status = self.folder.with_suffix(".log"), time.perf_counter(), 0
         with open(log, "w") as file:
             for command in self.commands:
-                left = self.limit - (time.perf_counter() - start)
+                left = limit - (time.perf_counter() - start)
                 status = run_command([str(word) for word in command], file, self.environment, left)
                 if status and self.correctness:
                     break
@@ -97,15 +108,16 @@ class Step:
         except (OSError, ValueError, KeyError):
             result |= last_line(self, text)
         if status == TIMED_OUT:
-            result["summary"] = f"stopped after {self.limit} s: {result['summary']}"
+            result["summary"] = f"stopped after {limit:.0f} s: {result['summary']}"
         return result
 
 
 TIMED_OUT = 124
+RUNNING = set()  # processes
 
 
 def run_command(command, log, environment, seconds):
-    """The exit status; after `seconds` it and all that it started are killed."""
+    """The exit status; after `seconds` it and all that it started are stopped."""
     log.write(f"$ {' '.join(command)}\n")
     log.flush()
     try:
@@ -120,17 +132,30 @@ def run_command(command, log, environment, seconds):
     except OSError as error:
         log.write(f"{command[0]}: {error.strerror}\n")
         return 127
+    RUNNING.add(process)
     try:
-        return process.wait(max(seconds, 0))
+        status = process.wait(max(seconds, 0))
     except subprocess.TimeoutExpired:
+        stop(process)
+        status = TIMED_OUT
+    RUNNING.discard(process)
+    return status
+
+
+def stop(process):
+    """End a process and all that it started: as by Ctrl-C, at which pytest tells what failed."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return TIMED_OUT
+    process.wait()
 
 
-def has_option(python, option):
-    command = [python, ROOT / "torch_impl" / "train.py", "--help"]
-    return option in subprocess.run(command, capture_output=True, text=True).stdout
+def has_option(option):
+    """Whether train.py has it; it is not asked, since it may have no environment yet."""
+    return any(f'"{option}"' in file.read_text() for file in (ROOT / "torch_impl").glob("*.py"))
 
 
 def make_steps(args):
@@ -145,7 +170,7 @@ def make_steps(args):
         # A few cores take longer to compile for.
         return Step(name, 5 * limit if cpu else limit, list(commands), folder, **others)
 
-    def tests(framework, name, limit, files, chosen):
+    def tests(framework, name, limit, files, chosen, **others):
         """Some of tests/, as they run by themselves; on a CPU the first alone."""
         python = jittor if framework == "jittor" else torch
         environment = {"OVERLOCK_DEVICE": args.device, "OVERLOCK_TESTS": framework}
@@ -155,8 +180,11 @@ def make_steps(args):
         # Not --tb=no: the log is all that comes back from a machine that is given away.
         command = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
         name = f"{framework} {name}"
-        return step(name, limit, [*command, *paths, *chosen], environment=environment)
+        return step(name, limit, [*command, *paths, *chosen], environment=environment, **others)
 
+    if args.bundle:
+        unpack = [sys.executable, "tools/gpu_bundle.py", "--install", f"--bundle={args.bundle}"]
+        yield step("environments", 120, unpack)
     smi = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm"]
     yield step(
         "inventory",
@@ -167,21 +195,17 @@ def make_steps(args):
         correctness=False,
     )
     yield step("build", 300, [jittor, "-c", "import jittor_impl.models"])
-    yield step("kernels", 120, [*kernels, *small], find=json_lines)
-    sanitizer = shutil.which("compute-sanitizer")
-    why = "needs a GPU" if cpu else "" if sanitizer else "compute-sanitizer is not installed"
-    for tool in SANITIZERS:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *kernels, "--small"]
-        yield step(tool, 90, command, skip=why)
-    yield step("triton", 120, [torch, "tests/triton_run.py", args.device])
+    yield step("kernels", 120, [*kernels, *small], find=json_lines, beside_build=True)
+    triton = [torch, "tests/triton_run.py", args.device]
+    yield step("triton", 120, triton, beside_build=True)
+    models, layers = ["contmix_block", "models"], ["ops", "functions", "aligned_nn"]
+    numbers = "reference" if cpu else "not (triton or compile or cpu)"
+    runs = "files_of_a_run" if cpu else "files_of_a_run or kill_and_resume or evaluate_repeats"
+    yield tests("torch", "models", 120, [*models, "ops"], numbers, beside_build=True)
+    yield tests("torch", "training", 120, ["train"], runs, beside_build=True)
     yield step("operators", 120, [jittor, TOOLS / "operators.py", *on_device], find=json_lines)
-    files = ["contmix_block", "models", "ops"]
-    chosen = "reference" if cpu else "not (triton or compile or cpu)"
-    yield tests("torch", "models", 120, files, chosen)
-    yield tests("jittor", "models", 240, [*files, "functions", "aligned_nn"], chosen)
-    chosen = "files_of_a_run" if cpu else "files_of_a_run or kill_and_resume or evaluate_repeats"
-    for framework in ("torch", "jittor"):
-        yield tests(framework, "training", 180, ["train"], chosen)
+    yield tests("jittor", "models", 240, models, numbers)
+    yield tests("jittor", "training", 180, ["train"], runs)
     sample = args.output / "sample"
     sizes = ["--sample-classes=3", "--sample-train=8", "--sample-val=2"] if cpu else []
     draw = [torch, "data/prepare.py", "--sample", f"--output={sample}", *sizes]
@@ -191,7 +215,7 @@ def make_steps(args):
     yield step("align", 150, draw, [*command, f"--output={args.output / 'align'}"])
     for name, options in NUMBERS.items():
         why = "needs a GPU" if cpu and options else ""
-        if options and not cpu and not has_option(torch, options.split()[0]):
+        if options and not cpu and not has_option(options.split()[0]):
             why = f"train.py has no {options.split()[0]}"
         only = "batch norm, 64x96x4x4" if cpu else "training step"
         command = [torch, "bench.py", *on_device, *pythons, f"--only={only}", "--rounds=1"]
@@ -200,6 +224,13 @@ def make_steps(args):
         yield made
     floors = [*kernels, "--time", *small]
     yield step("floors", 120, floors, correctness=False, find=json_lines)
+    why = "needs a GPU" if cpu else ""
+    yield tests("jittor", "layers", 240, layers, numbers, skip=why)
+    sanitizer = shutil.which("compute-sanitizer")
+    why = why or ("" if sanitizer else "compute-sanitizer is not installed")
+    for tool in SANITIZERS:
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *kernels, "--small"]
+        yield step(tool, 90, command, skip=why)
 
 
 def draw(results, path):
@@ -238,8 +269,9 @@ def make_parser():
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda", help="cpu rehearses it, in small")
     for name, framework in (("jittor", "Jittor"), ("torch", "PyTorch")):
-        python = str(ROOT / f".venv-{name}/bin/python")
-        add(f"--{name}-python", default=python, help=f"Python of {framework}'s environment")
+        add(f"--{name}-python", help=f"Python of {framework}'s environment")
+    add("--bundle", type=Path, help="make the environments of it first (tools/gpu_bundle.py)")
+    add("--seconds", type=float, default=math.inf, help="for all steps together")
     add("--steps", default="", help="only these, by name, with commas between; all by default")
     add("--output", type=Path, default=ROOT / "logs" / "gpu", help="for all that is written")
     return parser
@@ -248,7 +280,13 @@ def make_parser():
 def main():
     parser = make_parser()
     args = parser.parse_args()
-    args.output = args.output.resolve()
+    args.output, deadline = args.output.resolve(), time.monotonic() + args.seconds
+    if args.bundle:
+        args.bundle = args.bundle.resolve()
+    for name in ("jittor", "torch"):
+        folder = ENVIRONMENTS[name] if args.bundle else ROOT / f".venv-{name}"
+        option = f"{name}_python"
+        setattr(args, option, getattr(args, option) or str(folder / "bin" / "python"))
     steps = list(make_steps(args))
     chosen = [name for name in args.steps.split(",") if name] or [s.name for s in steps]
     unknown = set(chosen) - {s.name for s in steps}
@@ -256,38 +294,64 @@ def main():
         known = ", ".join(s.name for s in steps)
         parser.error(f"no step {', '.join(sorted(unknown))}; there are {known}")
     args.output.mkdir(parents=True, exist_ok=True)
-    record, failed = args.output / "results.jsonl", 0
-    for step in steps:
-        if step.name not in chosen:
-            continue
-        result = dict(device=args.device, **step.run())
-        with open(record, "a") as file:
-            file.write(json.dumps(result) + "\n")
+    failed = 0
+    for step, result in results_of([s for s in steps if s.name in chosen], deadline):
         failed += result["ok"] is False and step.correctness
         verdict = {True: "ok", False: "FAILED", None: "-"}[result["ok"]]
         seconds = result.get("seconds", 0)
         print(f"{step.name:16} {verdict:6} {seconds:6.1f} s  {result['summary']}", flush=True)
-    # The latest of each step.
-    results = {r["step"]: r for r in map(json.loads, record.read_text().splitlines())}
-    machine = args.output / "inventory.log"
-    text = machine.read_text() if machine.exists() else ""
-    whole = dict(device=args.device, steps=list(results.values()), inventory=text)
-    (args.output / "gpu.json").write_text(json.dumps(whole, indent=1))
+        results = keep(dict(device=args.device, **result), args)
     print(f"written: {args.output / 'gpu.json'}", end="")
-    if any(r.get("rows") for r in results.values()) and draws(results, args):
+    if any(r.get("rows") for r in results) and draws(results, args):
         print(f", {args.output / 'gpu.png'}", end="")
     print(f"\n{failed} correctness steps failed")
     sys.exit(failed)
 
 
+def results_of(steps, deadline):
+    """Run the steps; yields (step, what it found), in the order in which they end."""
+    with ThreadPoolExecutor(1) as pool:
+        build = None
+        try:
+            for step in steps:
+                if build and not step.beside_build:
+                    yield build[0], build[1].result()
+                    build = None
+                if step.name == "build":
+                    build = step, pool.submit(step.run, deadline)
+                else:
+                    yield step, step.run(deadline)
+            if build:
+                yield build[0], build[1].result()
+        except KeyboardInterrupt:
+            for process in list(RUNNING):
+                stop(process)
+            raise
+
+
+def keep(result, args):
+    """Write down what a step found. Returns the latest of each step in OUTPUT/results.jsonl."""
+    record, machine = args.output / "results.jsonl", args.output / "inventory.log"
+    with open(record, "a") as file:
+        file.write(json.dumps(result) + "\n")
+    results = {r["step"]: r for r in map(json.loads, record.read_text().splitlines())}
+    text = machine.read_text() if machine.exists() else ""
+    whole = dict(device=args.device, steps=list(results.values()), inventory=text)
+    (args.output / "gpu.json").write_text(json.dumps(whole, indent=1))
+    return list(results.values())
+
+
 def draws(results, args):
     """Draw gpu.png; whether there is a matplotlib to do it."""
     try:
-        draw(list(results.values()), args.output / "gpu.png")
+        draw(results, args.output / "gpu.png")
     except ImportError:
         return False
     return True
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("gpu_check.py: interrupted; what was found is kept")

@@ -1,17 +1,20 @@
-"""One operation on many Vars: a few CPU kernels, where Jittor makes operators of every Var.
+"""One operation on many Vars: a few kernels, where Jittor makes operators of every Var.
 
-torch._foreach_... and torch.nn.utils.clip_grad_norm_ do the same. On a GPU they are Jittor's own
-operators.
+torch._foreach_... and torch.nn.utils.clip_grad_norm_ do the same.
 """
 
 from functools import cache
 from itertools import groupby
 
-from .launch import on_gpu, run_code
+from .launch import run_code
 from .start import jt
 
 GROUP = 32  # Vars to a kernel, as many as compile in a second
-HEADERS = ("foreach_cpu.h",), ()
+SUMS = 256  # parts of a sum that a GPU computes side by side
+HEADERS = (
+    ("foreach_cpu.h",),
+    ("foreach_cpu.h", "cuda_launch.h", "cuda_sum.h", "foreach_cuda.h"),
+)
 
 
 def axes_and_type(vars):
@@ -29,12 +32,15 @@ def grouped(tuples):
 
 
 @cache
-def each(call, n):
-    """C++ of n calls; in `call`, {a}, {b} and {out} are the i-th of the Vars."""
-    calls = (
-        call.format(a=f"in{i}", b=f"in{n + i}", out=f"out{i}", last=f"in{n}") for i in range(n)
-    )
-    return "".join(f"{one};\n" for one in calls), ""
+def each(kernel, n, of, arguments, gpu_arguments=""):
+    """The C++ call of overlock::`kernel` for n Vars, for CPU and GPU.
+
+    of: what it reads and writes of Var i, two inputs and an output; j is n + i.
+    """
+    arrays = ",\n".join(f"{{{of.format(i=i, j=n + i)}, in{i}->num}}" for i in range(n))
+    given = f"overlock::Arrays<in0_type> arrays[] = {{{arrays}}};\n"
+    call = f"{given}overlock::{kernel}(arrays, {n}, {arguments}"
+    return f"{call});", f"{call}{gpu_arguments}, 0);"
 
 
 def lerp(starts, ends, weight):
@@ -42,12 +48,9 @@ def lerp(starts, ends, weight):
     with jt.no_grad():
         for group in grouped(zip(starts, ends)):
             old, towards = zip(*group)
-            if on_gpu():
-                new = [a + weight * (b - a) for a, b in group]
-            else:
-                code = each('overlock::lerp({a}_p, {b}_p, {out}_p, {a}->num, data["w"])', len(old))
-                like = [(x.shape, x.dtype) for x in old]
-                new = run_code(HEADERS, code, [*old, *towards], like, {"w": weight})
+            code = each("lerp", len(old), "in{i}_p, in{j}_p, out{i}_p", '(float)data["w"]')
+            like = [(x.shape, x.dtype) for x in old]
+            new = run_code(HEADERS, code, [*old, *towards], like, {"w": weight})
             for var, value in zip(old, new):
                 var.update(value)
 
@@ -60,13 +63,15 @@ def clip_grad_norm(grads, max_norm):
     groups = [[var for (var,) in group] for group in grouped(zip(grads))]
     squares = []
     for group in groups:
-        code = each("out0_p[0] += overlock::sum_of_squares({a}_p, {a}->num)", len(group))
-        code = "out0_p[0] = 0;\n" + code[0], ""
-        squares += run_code(HEADERS, code, group, [((1,), "float64")], {})
+        arguments = "out0_p", ", out1_p, out1->num"
+        code = each("sum_of_squares", len(group), "in{i}_p, nullptr, nullptr", *arguments)
+        made = [((1,), "float64"), ((SUMS,), "float32")]
+        squares.append(run_code(HEADERS, code, group, made, {})[0])
     norm = jt.sqrt(sum(squares)).float32()  # (1,)
     factor = jt.minimum(max_norm / (norm + 1e-6), 1.0)
     for group in groups:
-        code = each("overlock::scale({a}_p, {out}_p, {a}->num, {last}_p[0])", len(group))
+        n = len(group)
+        code = each("scale", n, "in{i}_p, nullptr, out{i}_p", f"in{n}_p")
         like = [(x.shape, x.dtype) for x in group]
         for var, value in zip(group, run_code(HEADERS, code, [*group, factor], like, {})):
             var.update(value)

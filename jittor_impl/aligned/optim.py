@@ -5,8 +5,9 @@ Jittor's own makes six operators of every parameter, and XXT has 524 parameters.
 
 from functools import cache
 
-from .foreach import clip_grad_norm, grouped
-from .launch import on_gpu, run_code
+from . import foreach
+from .foreach import grouped
+from .launch import run_code
 from .start import jt
 
 # struct AdamWNumbers of adamw_cpu.h
@@ -38,7 +39,7 @@ def kernel_code(n):
 class AdamW(jt.optim.AdamW):
     """torch.optim.AdamW: its arguments and defaults, with which Jittor's would not decay."""
 
-    headers = ("adamw_cpu.h",), ("adamw_cpu.h", "cuda_launch.h", "adamw_cuda.h")
+    headers = ("adamw_cpu.h",), ("adamw_cpu.h", *foreach.HEADERS[1], "adamw_cuda.h")
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
         super().__init__(list(params), lr, eps, betas, weight_decay)
@@ -51,10 +52,10 @@ class AdamW(jt.optim.AdamW):
         self.n_step = steps
 
     def clip_grad_norm(self, max_norm, norm_type=2):
-        if norm_type != 2 or on_gpu():
+        if norm_type != 2:
             return super().clip_grad_norm(max_norm, norm_type)
         states = [zip(group["params"], group["grads"]) for group in self.param_groups]
-        clip_grad_norm([g for s in states for p, g in s if not p.is_stop_grad()], max_norm)
+        foreach.clip_grad_norm([g for s in states for p, g in s if not p.is_stop_grad()], max_norm)
 
     def step(self, loss=None, retain_graph=False):
         self.pre_step(loss, retain_graph)

@@ -29,15 +29,13 @@ import numpy as np
 from .setup import patch_jittor
 from .setup.atomic import package_files, replace_link
 from .setup.cuda_toolkit import (
+    candidates,
     cudnn_version,
     device_count,
     driver_version,
     load_libraries,
     nvcc_paths,
-    packaged_nvcc,
     problem,
-    real_nvcc,
-    system_nvccs,
     toolkit_version,
 )
 
@@ -125,9 +123,8 @@ def choose_cuda(home):
         installed = chosen or nvcc_paths()  # which is asked nothing: this is most users' start
         reasons = ["nvcc is installed but no CUDA GPU is usable"] if installed else []
     else:
-        candidates = [real_nvcc(chosen)] if chosen else [packaged_nvcc(home), *system_nvccs()]
         reasons = []
-        for nvcc in filter(None, candidates):
+        for nvcc in candidates(home, chosen):
             reason = problem(nvcc, home) or prepare_cuda(nvcc)
             if not reason:
                 os.environ["nvcc_path"] = nvcc

@@ -4,18 +4,38 @@
 
 namespace overlock {
 
-inline void lerp(const float* a, const float* b, float* out, int64_t size, float weight) {
-    for (int64_t i = 0; i < size; i++) out[i] = a[i] + weight * (b[i] - a[i]);
+// What is read, a and b, and written; an operation without a b or an out has null pointers there.
+template <typename T>
+struct Arrays {
+    const T *a, *b;
+    T* out;
+    int64_t size;
+};
+
+// out = a + weight * (b - a)
+inline void lerp(const Arrays<float>* arrays, int count, float weight) {
+    for (int k = 0; k < count; k++) {
+        const Arrays<float>& s = arrays[k];
+        for (int64_t i = 0; i < s.size; i++) s.out[i] = s.a[i] + weight * (s.b[i] - s.a[i]);
+    }
 }
 
-inline void scale(const float* a, float* out, int64_t size, float factor) {
-    for (int64_t i = 0; i < size; i++) out[i] = a[i] * factor;
+// out = factor[0] * a
+inline void scale(const Arrays<float>* arrays, int count, const float* factor) {
+    for (int k = 0; k < count; k++) {
+        const Arrays<float>& s = arrays[k];
+        for (int64_t i = 0; i < s.size; i++) s.out[i] = s.a[i] * factor[0];
+    }
 }
 
-inline double sum_of_squares(const float* a, int64_t size) {
-    double sum = 0;
-    for (int64_t i = 0; i < size; i++) sum += double(a[i]) * a[i];
-    return sum;
+// total[0] = the sum of all a²
+inline void sum_of_squares(const Arrays<float>* arrays, int count, double* total) {
+    total[0] = 0;
+    for (int k = 0; k < count; k++) {
+        double sum = 0;
+        for (int64_t i = 0; i < arrays[k].size; i++) sum += double(arrays[k].a[i]) * arrays[k].a[i];
+        total[0] += sum;
+    }
 }
 
 }  // namespace overlock

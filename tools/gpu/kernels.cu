@@ -12,10 +12,12 @@
 #include <vector>
 
 #include "neighbourhood.h"
+#include "foreach_cpu.h"
 #include "adamw_cpu.h"
 #include "inference_cpu.h"
 #include "cuda_launch.h"
 #include "cuda_sum.h"
+#include "foreach_cuda.h"
 #include "adamw_cuda.h"
 #include "depthwise_cuda.h"
 #include "grn_cuda.h"
@@ -81,6 +83,15 @@ static void adamw_of(T** arrays, const int64_t* sizes, int64_t count, const floa
     overlock::adamw(parameters.data(), (int)count, {n[0], n[1], n[2], n[3], n[4], n[5], n[6]}, 0);
 }
 
+// arrays: two inputs and an output of each.
+template <typename T>
+static std::vector<overlock::Arrays<T>> arrays_of(void** arrays, const int64_t* sizes, int64_t count) {
+    std::vector<overlock::Arrays<T>> all;
+    for (int64_t k = 0; k < count; k++, arrays += 3)
+        all.push_back({(T*)arrays[0], (T*)arrays[1], (T*)arrays[2], sizes[k]});
+    return all;
+}
+
 template <typename T>
 static void merged_of(const T* x, float** arrays, const int64_t* kernels, const int64_t* dilations, int64_t count, T* y,
                       T* weight, T* bias, int64_t B, int64_t C, int64_t H, int64_t W) {
@@ -92,8 +103,14 @@ static void merged_of(const T* x, float** arrays, const int64_t* kernels, const 
 }
 
 // arrays: parameter, gradient, moments, and their new ones, of each; numbers: those of AdamWNumbers; all on the host.
-namespace overlock { using ::adamw_of; using ::merged_of; }
+namespace overlock { using ::adamw_of; using ::arrays_of; using ::merged_of; }
 KERNEL(adamw, (void** arrays, int64_t* sizes, I count, F numbers), adamw_of<T>((T**)arrays, sizes, count, numbers))
+KERNEL(lerp, (void** arrays, int64_t* sizes, I count, I percent),
+       lerp(arrays_of<T>(arrays, sizes, count).data(), count, percent / 100.f, 0))
+KERNEL(scale, (void** arrays, int64_t* sizes, I count, F factor),
+       scale(arrays_of<T>(arrays, sizes, count).data(), count, factor, 0))
+KERNEL(sum_of_squares, (void** arrays, int64_t* sizes, I count, double* total, F sums, I blocks),
+       sum_of_squares(arrays_of<T>(arrays, sizes, count).data(), count, total, sums, blocks, 0))
 // arrays: weight and BatchNorm's weight, bias, mean and variance of each branch.
 KERNEL(merged_depthwise, (M x, float** arrays, int64_t* kernels, int64_t* dilations, I count, M y, M w, M b,
                           I B, I C, I H, I W),

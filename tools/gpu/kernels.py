@@ -83,7 +83,9 @@ class Case:
 
     @property
     def dtype(self):
-        return self.outputs[0].dtype
+        """That of the maps; a sum alone is float64, of float32."""
+        dtype = self.outputs[0].dtype
+        return dtype if dtype in TYPES else torch.float32
 
     def bytes_moved(self):
         """Those of every tensor once, scratch memory excepted."""
@@ -160,7 +162,7 @@ class Cases:
             NORMS=self.norms,
             WINDOWS=self.windows,
             SEPARABLE=self.separable,
-            ADAMW=self.adamw,
+            ADAMW=self.lists,
         )
         for name, make in makers.items():
             for shape in self.sizes[name]:
@@ -293,9 +295,28 @@ class Cases:
         numbers = [planes, h, w, H, W, 1]
         yield Case("separable", [grad, rows, cols, grad_x, *numbers], [grad_x], [grad_X], shape)
 
+    def lists(self, *sizes):
+        """AdamW, and the kernels of foreach_cuda.h, on lists of float32 arrays."""
+        if self.dtype == torch.float32:
+            yield from self.adamw(*sizes)
+            yield from self.foreach(*sizes)
+
+    def foreach(self, *sizes):
+        a, b = ([self.floats(n) for n in sizes] for _ in range(2))
+        out, factor, sums = [torch.empty_like(x) for x in a], self.floats(1), self.scratch(256)
+        total = self.empty(1, dtype=torch.float64)
+        A, B = ([x.double() for x in arrays] for arrays in (a, b))
+        arrays = [x for items in zip(a, b, out) for x in items]
+        pointers = (ctypes.c_void_p * len(arrays))(*[x.data_ptr() for x in arrays])
+        given = [pointers, (ctypes.c_int64 * len(sizes))(*sizes), len(sizes)]
+        expected = [x + 0.3 * (y - x) for x, y in zip(A, B)]
+        yield Case("lerp", [*given, 30], out, expected, sizes, behind_pointers=arrays)
+        expected, read = [factor.double() * x for x in A], [*a, *out]
+        yield Case("scale", [*given, factor], out, expected, sizes, behind_pointers=read)
+        expected, arguments = [sum((x * x).sum() for x in A).reshape(1)], [*given, total, sums, 256]
+        yield Case("sum_of_squares", arguments, [total], expected, sizes, [sums], behind_pointers=a)
+
     def adamw(self, *sizes):
-        if self.dtype != torch.float32:
-            return
         beta1, beta2, lr, eps, decay, step = 0.9, 0.999, 1e-3, 1e-8, 0.01, 3
         values = [[self.floats(n) for _ in range(3)] for n in sizes]
         values = [[p, g, m, p.square()] for p, g, m in values]
@@ -334,7 +355,7 @@ def check(kernels, case):
     pairs = list(zip(first, case.expected))
     errors = [((a.double() - e).norm() / e.norm().clamp(min=1e-30)).item() for a, e in pairs]
     # Not `max`, which passes over NaN.
-    ok = same and all(e <= LIMITS[a.dtype] for e, a in zip(errors, first))
+    ok = same and all(e <= LIMITS[case.dtype] for e in errors)
     return dict(ok=ok, error=max(errors, key=lambda e: math.inf if math.isnan(e) else e), same=same)
 
 

@@ -1,6 +1,7 @@
 """Finds the CUDA toolkit that Jittor compiles with.
 
-It is a system-wide one, or NVIDIA's packages from PyPI (requirements-cuda.txt).
+It is a system-wide one, NVIDIA's packages from PyPI (requirements-cuda.txt), or a system-wide nvcc
+with the libraries that PyTorch brings as packages.
 """
 
 import ctypes
@@ -43,6 +44,7 @@ LIBRARIES = (
     "cudnn",
 )
 SYSTEM_INCLUDE = Path("/usr/include")
+DEBIAN_NVCC = "/usr/bin/nvcc"  # and Ubuntu's
 
 
 def device_count():
@@ -103,6 +105,9 @@ def system_nvccs():
 
 def real_nvcc(nvcc):
     """The nvcc in its toolkit, where `nvcc` is a link or a script that calls it; else `nvcc`."""
+    beside = Path(nvcc).parent.parent.resolve()
+    if (beside / "lib64" / "libcudart.so").exists():  # as beside the script of `put_together`
+        return str(beside / "bin" / "nvcc")
     try:
         command = [nvcc, "--dryrun", "-c", "nothing.cu"]
         output = subprocess.run(command, capture_output=True, text=True).stderr
@@ -114,16 +119,66 @@ def real_nvcc(nvcc):
     return str(root / "bin" / "nvcc") if complete else nvcc
 
 
-def packaged_nvcc(home):
-    """The nvcc of a toolkit put together from NVIDIA's packages, None where they are not complete.
+def candidates(home, chosen=None):
+    """The nvcc of each toolkit that may serve, the best first: all there are, or of `chosen`."""
+    packaged = None if chosen else packaged_nvcc(home)
+    if packaged:
+        yield packaged
+    nvccs = [real_nvcc(chosen)] if chosen else system_nvccs()
+    yield from nvccs
+    for nvcc in nvccs:
+        composed = composed_nvcc(nvcc, home)
+        if composed:
+            yield composed
 
-    Jittor expects bin/, include/ and lib64/ side by side and libraries without a version in their
-    names, none of which the packages of this environment have. Like oneDNN's, the links are renewed
-    at every start, not trusted.
+
+def packaged_nvcc(home):
+    """The nvcc of a toolkit of NVIDIA's packages alone, None where they are not complete."""
+    files = package_files(PACKAGES) or ()
+    nvccs = [f.locate() for f in files if f.parent.name == "bin" and f.name == "nvcc"]
+    return put_together(home, "overlock_cuda", nvccs[0], package_links(files)) if nvccs else None
+
+
+def composed_nvcc(nvcc, home):
+    """That of a toolkit of this nvcc and the libraries in packages, None where there are none.
+
+    PyTorch brings them: all that Jittor needs but a compiler. A library that the toolkit has itself
+    is not taken from them.
     """
-    root, links, nvcc = Path(home) / ".cache" / "jittor" / "overlock_cuda", {}, None
-    # Files are relative to site-packages, such as nvidia/cudnn/lib/libcudnn.so.9.
-    for f in package_files(PACKAGES) or ():
+    version = toolkit_version(nvcc)
+    if not version or toolkits(home) in Path(nvcc).parents:
+        return None
+    files = [f for name in library_packages(version[0]) for f in package_files([name]) or ()]
+    if not files:
+        return None
+    links, root = package_links(files), Path(nvcc).resolve().parent.parent
+    if nvcc != DEBIAN_NVCC:  # whose headers lie where every compiler looks
+        links |= {f"include/{f.name}": f for f in (root / "include").glob("*")}
+    for name in LIBRARIES:
+        links |= {f"lib64/{f.name}": f for f in library_folder(nvcc).glob(f"lib{name}.so*")}
+    name = f"overlock_cuda_{'.'.join(map(str, version))}"
+    return put_together(home, name, nvcc, links)
+
+
+def toolkits(home):
+    """The folder of the toolkits that are put together here."""
+    return Path(home) / ".cache" / "jittor"
+
+
+def library_packages(release):
+    """NVIDIA's packages of LIBRARIES for CUDA `release`, as PyTorch requires them."""
+    names = ["cublas", "cufft", "curand", "nvjitlink", "cusparse", "cuda-nvrtc"]
+    suffix = "" if release >= 13 else f"-cu{release}"
+    return [f"nvidia-{name}{suffix}" for name in names] + [f"nvidia-cudnn-cu{release}"]
+
+
+def package_links(files):
+    """{place in a toolkit: what it leads to} for the headers and libraries among packages' files.
+
+    They are relative to site-packages, such as nvidia/cudnn/lib/libcudnn.so.9.
+    """
+    links = {}
+    for f in files:
         if "include" in f.parts:
             # Link what stands directly in include/: for nvidia/cu13/include/crt/host_defines.h that
             # is the folder include/crt.
@@ -131,19 +186,25 @@ def packaged_nvcc(home):
             target = f.locate()
             for _ in below_include[1:]:
                 target = target.parent
-            links[root / "include" / below_include[0]] = target
+            links[f"include/{below_include[0]}"] = target
         elif f.parent.name == "lib" and f.suffix == ".a":
-            links[root / "lib64" / f.name] = f.locate()
+            links[f"lib64/{f.name}"] = f.locate()
         elif f.parent.name == "lib" and ".so" in f.name:
-            unversioned = f"{f.name.partition('.so')[0]}.so"
-            links[root / "lib64" / f.name] = f.locate()
-            links[root / "lib64" / unversioned] = f.locate()
-        elif f.parent.name == "bin" and f.name == "nvcc":
-            nvcc = f.locate()
-    if nvcc is None:
-        return None
+            links[f"lib64/{f.name}"] = f.locate()
+            links[f"lib64/{f.name.partition('.so')[0]}.so"] = f.locate()
+    return links
+
+
+def put_together(home, name, nvcc, links):
+    """Make the toolkit `name` of this nvcc and these links; returns its nvcc.
+
+    Jittor expects bin/, include/ and lib64/ side by side and libraries without a version in their
+    names, none of which packages have. Like oneDNN's, the links are renewed at every start, not
+    trusted.
+    """
+    root = toolkits(home) / name
     for link, target in links.items():
-        replace_link(link, target)
+        replace_link(root / link, target)
     # nvcc finds its parts beside itself, so it is called by its own name and not through a link.
     script = root / "bin" / "nvcc"
     text = f"#!/bin/sh\nexec '{Path(nvcc).resolve()}' \"$@\"\n"
@@ -154,7 +215,7 @@ def packaged_nvcc(home):
 
 def library_folder(nvcc):
     """Where Jittor looks for the libraries of this nvcc."""
-    if nvcc == "/usr/bin/nvcc":  # Debian's and Ubuntu's package
+    if nvcc == DEBIAN_NVCC:
         return Path("/usr/lib/x86_64-linux-gnu")
     return Path(nvcc).resolve().parent.parent / "lib64"
 
@@ -230,8 +291,10 @@ def problem(nvcc, home):
     version, library = toolkit_version(nvcc), library_folder(nvcc) / "libcudart.so"
     if not version or not library.exists():
         return f"{nvcc} is no CUDA toolkit as Jittor needs it, with {library}"
-    if not cudnn_version(nvcc):
-        return f"there is no cuDNN beside {nvcc}; install NVIDIA's for CUDA {version[0]}"
+    cublas = (library_folder(nvcc) / "libcublas.so").exists()
+    if not cublas or not cudnn_version(nvcc):
+        remedy = f"pip install {' '.join(library_packages(version[0]))}"
+        return f"there is no {'cuDNN' if cublas else 'cuBLAS'} beside {nvcc}; {remedy}"
     gpus, release = device_count(), f"{nvcc} is of CUDA {version[0]}"
     if gpus and driver_version() < version[:1]:
         return f"{release}, but the GPU's driver is for CUDA {driver_version()[0]} at most"
