@@ -29,7 +29,7 @@ from .kernels.collectives import (
 from .layers import BatchNorm2d, DropPath
 from .progress import say
 
-GRACE = 6  # seconds in which the launcher ends the processes that one of them left behind
+GRACE = 10  # seconds in which the launcher ends the processes that one of them left behind
 
 
 class Part(NamedTuple):
@@ -114,7 +114,7 @@ def stop(program, status, message):
     What every process meets, such as a wrong option, rank 0 alone says.
     """
     if RANK > 0:
-        time.sleep(GRACE / 2)
+        time.sleep(GRACE)
         message += f" (rank {RANK} of {WORLD_SIZE} processes)"
     say(f"{program}: " + " ".join(message.splitlines()), sys.stderr)
     leave(status)
