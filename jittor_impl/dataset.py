@@ -62,10 +62,11 @@ class TinyImageNet:
 
     `images` (N, H, W, 3) uint8, `labels` (N,) int64, `classes` the names of the class folders
     (TinyImageNet: WordNet ids) in sorted order. In training images are flipped with probability
-    `hflip`, and `mixup`, an augment.Mixup, mixes batches, if it is set.
+    `hflip`, and `mixup`, an augment.Mixup, mixes batches, if it is set. share(n) are the places, in
+    order, of the images that this process computes of a batch of n.
     """
 
-    hflip, mixup, transform = 0.5, None, None
+    hflip, mixup, transform, share = 0.5, None, None, np.arange
 
     def __init__(self, paths, labels, classes, progress):
         self.images = decode(paths, progress)
@@ -84,19 +85,29 @@ class TinyImageNet:
 
         Those of training with a seed: shuffled, flipped, augmented. Without: in order, as they are.
         What an image looks like depends on seed, epoch and its place in the data set alone. The
-        last batch may be smaller.
+        last batch may be smaller. Of each batch only the process's share comes, if it has one.
         """
         order, flip = shuffled(len(self), seed, epoch, self.hflip)
-        places = [order[start : start + batch_size] for start in range(0, len(self), batch_size)]
+        mixes, places, shares = seed is not None and self.mixup, [], []
+        for start in range(0, len(self), batch_size):
+            batch = order[start : start + batch_size]
+            share = self.share(len(batch))
+            # Mixed with the batch reversed: those that are read are their own mirror image.
+            read = np.union1d(share, len(batch) - 1 - share) if mixes else share
+            if len(share):
+                places.append(batch[read])
+                shares.append(np.searchsorted(read, share))
         for number, images in enumerate(self.pixels(places, flip, seed, epoch)):
             labels = self.labels[places[number]]
             # As the official training does: mixed as pixels, then normalised, then erased.
-            if seed is not None and self.mixup:
+            if mixes:
                 generator = np.random.default_rng([seed, epoch, number, MIXUP])
                 images, labels = self.mixup(images, labels, generator)
+            if len(shares[number]) < len(images):
+                images, labels = images[shares[number]], labels[shares[number]]
             images = normalise(images)
             if seed is not None and self.transform:
-                for image, index in zip(images, places[number].tolist()):
+                for image, index in zip(images, places[number][shares[number]].tolist()):
                     generator = np.random.default_rng([seed, epoch, index, ERASING])
                     self.transform.erase(image, generator)
             yield images, labels

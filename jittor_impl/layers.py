@@ -25,13 +25,14 @@ class DropPath(nn.Module):
     """Stochastic depth: in training, drops a sample's whole branch with probability `drop_prob`.
 
     NumPy draws, so both frameworks drop the same: by `seed`, a list of numbers, where it is set
-    (OverLoCK.seed_drop_path), else by NumPy's global generator. timm's arithmetic.
+    (OverLoCK.seed_drop_path), else by NumPy's global generator. timm's arithmetic. `part`: which
+    samples of a larger batch these are, where another process has others (distributed.py).
     """
 
     def __init__(self, drop_prob):
         super().__init__()
         self.drop_prob = drop_prob
-        self.seed = None
+        self.seed = self.part = None
 
     def execute(self, x):
         if not self.training or self.drop_prob == 0:
@@ -39,7 +40,8 @@ class DropPath(nn.Module):
         # Drawn anew from the seed, not from a generator that goes on: a block that is computed
         # twice, for gradient checkpointing, drops the same.
         draw = np.random.random if self.seed is None else np.random.default_rng(self.seed).random
-        keep = draw(x.shape[0]) >= self.drop_prob
+        keep = draw(x.shape[0] if self.part is None else self.part.places[-1] + 1)
+        keep = (keep if self.part is None else keep[self.part.places]) >= self.drop_prob
         scale = (keep / (1 - self.drop_prob)).astype(np.float32).reshape(-1, 1, 1, 1)
         return x * cast(jt.array(scale), x.dtype)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .aligned.gpu import describe_gpu, has_tf32, prepare_gpu
 from .aligned.start import jt
-from .errors import InputError, is_out_of_memory, stop
+from .distributed import RANK, await_launcher, follow_rank_0, leave, stop
+from .errors import InputError, is_out_of_memory
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -82,14 +83,16 @@ def run_program(name, body, args, advice=lambda: "give the same command again"):
 
     # Ctrl-C; a scheduler or `docker stop`.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_interrupt)
+        signal.signal(number, follow_rank_0 if RANK else on_interrupt)
+    if RANK:  # rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         body(args)
     except InputError as error:
         stop(name, 2, f"error: {error}")
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
-        sys.exit(128 + signal.SIGPIPE)
+        leave(128 + signal.SIGPIPE)
     except OSError as error:
         output = vars(args).get("output")
         path = Path(str(error.filename or output or "standard output"))
@@ -103,6 +106,8 @@ def run_program(name, body, args, advice=lambda: "give the same command again"):
             options = [key for key in ("batch_size", "img_size") if vars(args).get(key)]
             lower = [f"--{key.replace('_', '-')} ({vars(args)[key]})" for key in options]
             stop(name, 2, f"error: out of memory; lower {' or '.join(lower) or '--img-size'}")
+        if interrupted is None and await_launcher(error) and interrupted is None:
+            stop(name, 1, f"error: another process of this run is gone; {advice()}")
         if interrupted is None:
             raise
         stop(name, 128 + interrupted, f"interrupted; {advice()}")

@@ -1,8 +1,4 @@
-"""The errors that a user can mend, and how a program ends with one."""
-
-import sys
-
-from .progress import say
+"""The errors that a user can mend, and those of memory."""
 
 
 class InputError(Exception):
@@ -14,9 +10,3 @@ def is_out_of_memory(error):
     words = ("out of memory", "allocate memory", "unable to alloc", "bad_alloc")
     words += ("memory is overflow", "memoryallocation", "alloc_failed", "allocation_failed")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
-
-
-def stop(program, status, message):
-    """Exit with one line on the terminal's error stream."""
-    say(f"{program}: " + " ".join(message.splitlines()), sys.stderr)
-    sys.exit(status)

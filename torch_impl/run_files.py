@@ -3,7 +3,7 @@
 import fcntl
 import os
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 
 from .errors import InputError
@@ -131,3 +131,15 @@ class RunFiles:
         columns = list(dict.fromkeys((*COLUMNS, *(key for row in history for key in row))))
         rows = [columns] + [[repr(row[column]) for column in columns] for row in history]
         write_atomic(self.csv, "".join(",".join(row) + "\n" for row in rows).encode())
+
+
+class OthersRunFiles(RunFiles):
+    """Those of the processes beside rank 0, which writes for all: nothing is written."""
+
+    def locked(self):
+        return nullcontext()
+
+    def check_writable(self, *_):
+        pass
+
+    set_aside = log = log_history = write_csv = check_writable

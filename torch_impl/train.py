@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,22 @@ from .checkpoint import (
     trainable,
 )
 from .dataset import PUBLISHED, Crops, find_classes, is_tiny_imagenet, load
+from .distributed import (
+    RANK,
+    own_places,
+    parts_of,
+    places_in_batch,
+    start_processes,
+    synchronise,
+    take,
+    total,
+    wait_for_all,
+)
 from .ema import ModelEma
 from .errors import InputError
 from .export import export
 from .kernels.checkpointing import set_grad_checkpointing
+from .kernels.collectives import launch_command, sum_gradients
 from .kernels.device import memory_format
 from .program import ArgumentParser, add_device_options, choose_device, number, run_program
 from .progress import Progress, say
@@ -56,7 +69,7 @@ from .recipe import (
     total_epochs,
     train_transform,
 )
-from .run_files import RunFiles, epoch_line
+from .run_files import OthersRunFiles, RunFiles, epoch_line
 from .weights import is_merged
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +92,8 @@ def make_parser(defaults=TINY):
     add = parser.add_argument
     count, seed, path = number(int, 1), number(int, 0), dict(type=Path, metavar="CHECKPOINT")
     data_dir = ROOT / "data" / "tiny-imagenet-200"
-    add("-b", "--batch-size", type=count, default=64, help="images per step")
+    global_batch = "images per step, of all processes together"
+    add("-b", "--batch-size", type=count, default=64, help=global_batch)
     add("--aux-loss-ratio", type=number(float, 0), default=0.4, help="weight of the auxiliary loss")
     add("--model", choices=sorted(models.VARIANTS), default="overlock_xxt", help="variant")
     folder = "a folder with train/ and val/ of class folders, or TinyImageNet"
@@ -122,7 +136,7 @@ def parse_args():
 
 def resume_command(args):
     """The command that continues the run of `args` after it was stopped."""
-    parser, words = make_parser(recipe(args.recipe, args.model)), [sys.executable, sys.argv[0]]
+    parser, words = make_parser(recipe(args.recipe, args.model)), launch_command(sys.argv[0])
     for name, value in vars(args).items():
         is_start = name in ("init", "resume", "evaluate", "use_ema")
         if not is_start and value != parser.get_default(name):
@@ -171,28 +185,30 @@ def losses(output, labels, args):
     return main + args.aux_loss_ratio * aux, main, aux
 
 
-def training_step(model, optimizer, images, labels, args, step=1):
+def training_step(model, optimizer, images, labels, args, step=1, count=None):
     """One step of AdamW on a batch of NumPy arrays, images (n, 3, H, W) and labels (n,).
 
     Or targets (n, classes). In args.grad_accumulation parts, one after another; `step`, counted
-    from 1, draws the drop path. Returns the main and the auxiliary loss before the step, as
-    numbers.
+    from 1, draws the drop path. Of many processes each has its places_in_batch of the `count`
+    images. Returns the main and the auxiliary loss before the step, as numbers.
     """
     if args.drop_path:
         model.seed_drop_path(args.seed, step)
-    parts, count = [], min(args.grad_accumulation, len(images))
+    parts = []
     optimizer.zero_grad()
-    for part, part_labels in zip(np.array_split(images, count), np.array_split(labels, count)):
-        share = len(part) / len(images)
-        output = model(torch.from_numpy(part).to(args.device))
-        loss, main, aux = losses(output, part_labels, args)
-        (loss * share).backward()
-        parts.append((main, aux, share))
+    for part in parts_of(count or len(images), args.grad_accumulation):
+        take(model, part)
+        output = model(torch.from_numpy(images[part.rows]).to(args.device))
+        loss, main, aux = losses(output, labels[part.rows], args)
+        (loss * part.share).backward()
+        parts.append((main, aux, part.share))
+    sum_gradients(optimizer)
     if args.clip_grad:
         clip_grad_norm_(model.parameters(), args.clip_grad)
     optimizer.step()
     main = sum(main.item() * share for main, _, share in parts)
-    return main, sum(aux.item() * share for _, aux, share in parts)
+    aux = sum(aux.item() * share for _, aux, share in parts)
+    return total([main, aux]).tolist()
 
 
 def diverged(what, epoch, step):
@@ -216,13 +232,14 @@ def train_one_epoch(model, optimizer, ema, data, args, epoch):
     batches = closing(data.batches(images_per_step(args), args.seed, epoch))
     with Progress(title, len(data), not args.no_progress) as progress, batches as batches:
         for step, (images, labels) in enumerate(batches, 1):
-            main, aux = training_step(model, optimizer, images, labels, args, steps_before + step)
+            n = min(images_per_step(args), len(data) - seen)
+            number = steps_before + step
+            main, aux = training_step(model, optimizer, images, labels, args, number, n)
             loss = main + args.aux_loss_ratio * aux
             if not np.isfinite(loss):
                 raise diverged(f"the loss is {loss}", epoch, step)
             if ema:
                 ema.update(model)
-            n = len(labels)
             total_main, total_aux, seen = total_main + main * n, total_aux + aux * n, seen + n
             progress.update(n, loss)
     main, aux = total_main / seen, total_aux / seen
@@ -248,8 +265,8 @@ def evaluate(model, data, args):
             # Written with "not below", so that a NaN never counts as right.
             rank = (~(logits < target)).sum(1)  # (n,), 1 is best
             top1, top5 = top1 + (rank <= 1).sum(), top5 + (rank <= 5).sum()
-    n = len(data)
-    return dict(val_loss=float(loss) / n, acc_top1=int(top1) / n, acc_top5=int(top5) / n)
+    loss, top1, top5 = total([loss, top1, top5]) / len(data)
+    return dict(val_loss=float(loss), acc_top1=float(top1), acc_top5=float(top5))
 
 
 def check_resumable(run, args, path):
@@ -302,6 +319,8 @@ def load_data(args, train_per_class):
     train, val = load(args.data_dir, *counts, not args.no_progress, crops)
     if train:
         train.hflip, train.mixup = args.hflip, mixup(args)
+        train.share = partial(places_in_batch, number=args.grad_accumulation)
+    val.share = own_places
     return train, val
 
 
@@ -353,6 +372,7 @@ def start(args, files, device_name):
     train, val = load_data(args, args.train_per_class)
     model = make_model(args, is_merged(arrays))
     kept = load_model(model, arrays, source, keep_classifier=source == args.init) if source else []
+    synchronise(model)
     check_last_batch(train, args)
     optimizer, ema = make_optimizer(model, args), None
     if args.ema_decay:
@@ -369,6 +389,7 @@ def start(args, files, device_name):
         load_optimizer(optimizer, moments, run["step"], source)
         history = run["history"]
     if not args.resume or source.resolve() != files.last.resolve():
+        wait_for_all()  # until each has read what is moved now
         files.set_aside()
     files.started = True
 
@@ -419,10 +440,10 @@ def fit(model, optimizer, ema, train, val, run, args, files):
         best = best_top1(row) if is_best else best
         step = epoch * steps_per_epoch(train, args)
         state = dict(epoch=epoch, step=step, best_top1=best[0], **run)
-        if is_best:
-            save_checkpoint(files.best, model, optimizer, ema, state)
-        # It holds the history, so whatever is written after it can be made again from it.
-        save_checkpoint(files.last, model, optimizer, ema, state)
+        # The last holds the history, so whatever is written after it can be made again from it.
+        for path in (files.best, files.last) if is_best else (files.last,):
+            if RANK == 0:
+                save_checkpoint(path, model, optimizer, ema, state)
         files.write_csv(history)
         files.log(epoch_line(row, total_epochs(args)))
     written = " and ".join(path.name for path in (files.last, files.best) if path.exists())
@@ -439,6 +460,7 @@ def best_top1(row):
 
 def run_training(args, files):
     device_name = choose_device(args)
+    start_processes(args.device)
     if args.export:
         return export(args)
     settle_recipe(args)
@@ -460,7 +482,7 @@ def run_training(args, files):
 def main():
     args = parse_args()
     asked = argparse.Namespace(**vars(args))  # before what is left open is filled in
-    files = RunFiles(args.output, SUFFIX)
+    files = (OthersRunFiles if RANK else RunFiles)(args.output, SUFFIX)
 
     def advice():
         if files.started and files.last.exists():

@@ -479,6 +479,22 @@ def norm_backward(kernel, saved, grad_y):
     )
 
 
+def batch_norm(x, weight, bias, running_mean, running_var, momentum, eps):
+    """BatchNorm's kernel: y, and (C,) each, mean, inv_std, new running mean and variance."""
+    B, C, H, W = x.shape
+    chunks = norm_chunks(x)
+    numbers = {"B": B, "C": C, "P": H * W, "eps": float(eps), "momentum": float(momentum)}
+    return launch(
+        "batch_norm",
+        NORM_HEADERS,
+        [x, weight, bias, running_mean, running_var],
+        [x, *[((C,), "float32")] * 4],
+        numbers,
+        scratch=[(chunks, C, 2)],
+        gpu_numbers={"chunks": chunks},
+    )
+
+
 class BatchNormFunction(jt.Function):
     """BatchNorm of a batch x (B, C, H, W), variance in two passes.
 
@@ -497,17 +513,8 @@ class BatchNormFunction(jt.Function):
                 "BatchNorm: the running statistics must be float32, got "
                 f"{running_mean.dtype} and {running_var.dtype}"
             )
-        B, C, H, W = x.shape
-        chunks = norm_chunks(x)
-        numbers = {"B": B, "C": C, "P": H * W, "eps": float(eps), "momentum": float(momentum)}
-        y, mean, inv_std, new_mean, new_var = launch(
-            "batch_norm",
-            NORM_HEADERS,
-            [x, weight, bias, running_mean, running_var],
-            [x, *[((C,), "float32")] * 4],
-            numbers,
-            scratch=[(chunks, C, 2)],
-            gpu_numbers={"chunks": chunks},
+        y, mean, inv_std, new_mean, new_var = batch_norm(
+            x, weight, bias, running_mean, running_var, momentum, eps
         )
         self.saved = x, weight, mean, inv_std
         return y, new_mean, new_var

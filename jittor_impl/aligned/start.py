@@ -7,6 +7,7 @@ without `nvcc`, and compiles for minutes without a word.
 
 import atexit
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,14 +45,22 @@ SETUP = Path(__file__).resolve().parent / "setup"
 ONEDNN_PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")
 # What may stand in a path in the commands that Jittor compiles with; letters of any language.
 PLAIN = r"[\w@%+=:,./-]+"
+OF_MPI = "OMPI_", "PMI", "SLURM_"  # how variables begin that tell a process which of many it is
+
+
+def is_rank_0():
+    return os.environ.get("OMPI_COMM_WORLD_RANK", "0") == "0"
 
 
 def notice(message):
-    print(f"jittor_impl: {message}", file=sys.stderr, flush=True)
+    if is_rank_0():
+        print(f"jittor_impl: {message}", file=sys.stderr, flush=True)
 
 
 def fail(message):
-    notice(f"error: {message}")
+    if not is_rank_0():
+        time.sleep(3)  # what rank 0 meets too, it says alone: mpirun then ends the others
+    print(f"jittor_impl: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -80,6 +89,26 @@ def provide_onednn(home):
             replace_link(root / "lib" / f.name, f.locate())
         elif "include" in f.parts:
             replace_link(root.joinpath(*f.parts[f.parts.index("include") :]), f.locate())
+
+
+def choose_mpi():
+    """Turn Jittor's MPI on where mpirun or srun started several processes, else off."""
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        # By srun's --mpi=pmix or pmi2. Jittor asks for OpenMPI's variable, MPI itself does not.
+        size = os.environ.get("PMI_SIZE")
+        if "PMIX_RANK" in os.environ:
+            size = os.environ.get("SLURM_STEP_NUM_TASKS")
+        if size:
+            os.environ["OMPI_COMM_WORLD_SIZE"] = size
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) == 1:
+        # Else Jittor would take one process for several.
+        os.environ.pop("OMPI_COMM_WORLD_SIZE", None)
+        os.environ["use_mpi"] = "0"
+        return
+    if not shutil.which(os.environ.get("mpicc_path", "mpicc")):
+        remedy = "install it (Debian: apt install openmpi-bin libopenmpi-dev)"
+        fail(f"several processes were started, but there is no mpicc to connect them; {remedy}")
+    os.environ["use_mpi"] = "1"
 
 
 def choose_cuda(home):
@@ -156,7 +185,9 @@ def compile_jittor():
     # This module again, by whatever name the folder around it goes in the user's project.
     folder, package = str(SETUP.parents[1]), SETUP.parent.name
     code = f"import sys; sys.path.insert(0, {folder!r}); import {package}.start"
-    environment = {**os.environ, "OVERLOCK_COMPILES_JITTOR": "1"}
+    # It is none of the processes that MPI connects.
+    environment = {name: os.environ[name] for name in os.environ if not name.startswith(OF_MPI)}
+    environment["OVERLOCK_COMPILES_JITTOR"] = "1"
     child = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
     try:
         status = child.wait()
@@ -166,6 +197,15 @@ def compile_jittor():
         sys.exit(130)
     if status != 0:
         fail(f"Jittor could not be compiled (status {status}), the reason is above")
+
+
+@contextmanager
+def one_at_a_time(folder):
+    """Keep other processes that want the same out meanwhile, where the file system has locks."""
+    with open(Path(folder) / "overlock.lock", "a") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def jittor_home():
@@ -266,8 +306,9 @@ def import_jittor():
     # Else the cache is named after the branch of the git repository around the environment.
     os.environ.setdefault("cache_name", "overlock")
     os.environ.setdefault("log_silent", "1")
+    choose_mpi()
     # Jittor would download cuTT and CUTLASS where it finds a GPU, and does without them.
-    for library in ("use_mpi", "use_cutt", "use_cutlass"):
+    for library in ("use_cutt", "use_cutlass"):
         os.environ.setdefault(library, "0")
     # Do not load torch where it happens to be installed.
     os.environ.setdefault("FIX_TORCH_ERROR", "0")
@@ -320,8 +361,11 @@ def import_jittor():
     nvcc, core = os.environ["nvcc_path"], "jittor_core*"
     if nvcc:
         core = f"cu{'.'.join(map(str, toolkit_version(nvcc)))}*/{core}"
-    if not compiling and not list(Path(jittor_utils.cache_path).glob(core)):
-        compile_jittor()
+    cache = Path(jittor_utils.cache_path)
+    if not compiling and not list(cache.glob(core)):
+        with one_at_a_time(cache):
+            if not list(cache.glob(core)):
+                compile_jittor()
     try:
         with signal_handlers_kept(signal.SIGINT, signal.SIGCHLD):
             import jittor

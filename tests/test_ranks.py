@@ -1,0 +1,267 @@
+"""Many processes, one run: 2 and 3 of them give the numbers of one, whatever ends or resumes them.
+
+Processes are started by torchrun or mpirun, on the CPU.
+"""
+
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from under_test import NAME, cpu_only, module, save_weights
+
+train, distributed = module("train"), module("distributed")
+run_files, checkpoint = module("run_files"), module("checkpoint")
+
+ROOT = Path(__file__).resolve().parent.parent
+WALL_CLOCK = ("epoch_time", "images_per_second")
+# 17, 17 and 2 training images, 17 and 1 for validation: no step divides, and some have too few.
+SIZES = ["-b", "17", "--num-classes", "3", "--train-per-class", "12", "--val-per-class", "6"]
+PERTURBED_RUNS, LIMIT = 3, 3  # as in align.py
+
+has_mpi = NAME == "torch" or shutil.which("mpirun") and shutil.which("mpicc")
+needs_launcher = pytest.mark.skipif(
+    not has_mpi, reason="no OpenMPI (Debian: apt install openmpi-bin libopenmpi-dev)"
+)
+pytestmark = cpu_only("one GPU runs one process")
+
+
+def launcher(count):
+    """The words before train.py that start so many processes of it."""
+    if NAME == "torch":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [*torchrun, f"--nproc_per_node={count}"]
+    return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(count), sys.executable]
+
+
+def command(count, *options):
+    program = str(ROOT / f"{NAME}_impl" / "train.py")
+    return [*launcher(count), program, *SIZES, *map(str, options)]
+
+
+def run(count, *options):
+    result = subprocess.run(command(count, *options), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def history(output):
+    """The rows of a log.csv without the times in them, as numbers."""
+    with open(next(output.glob("log*.csv"))) as f:
+        return [
+            {key: float(value) for key, value in row.items() if key not in WALL_CLOCK}
+            for row in csv.DictReader(f)
+        ]
+
+
+def state(output):
+    """{key: array} of the weights and the moments in last.safetensors."""
+    arrays, moments, _, _ = checkpoint.read_checkpoint(next(output.glob("last*.safetensors")))
+    return {**arrays, **moments}
+
+
+def run_here(impl, dataset, output, *options):
+    """A run of one process: this one."""
+    options = ["--data-dir", dataset, "--output", output, "--no-progress", *options]
+    args = impl.train_args(*SIZES, *map(str, options))
+    train.run_training(args, run_files.RunFiles(args.output, impl.suffix))
+
+
+@pytest.fixture(scope="module")
+def alone(impl, dataset, tmp_path_factory):
+    """Two epochs of one process, and of some that start one unit in the last place away."""
+    root = tmp_path_factory.mktemp("alone")
+    args = impl.train_args(*SIZES)
+    weights = checkpoint.model_arrays(train.make_model(args))
+    outputs = [root / "unperturbed"]
+    run_here(impl, dataset, outputs[0], "--epochs", 2)
+    for i in range(PERTURBED_RUNS):
+        generator, start = np.random.default_rng(i), root / f"{i}.safetensors"
+        moved = {}
+        for key, value in weights.items():
+            moved[key] = value
+            if value.dtype == np.float32 and "running" not in key:
+                towards = np.where(generator.random(value.shape) < 0.5, -np.inf, np.inf)
+                moved[key] = np.nextafter(value, towards.astype(np.float32))
+        save_weights(start, moved, "model.")
+        outputs.append(root / str(i))
+        run_here(impl, dataset, outputs[-1], "--epochs", 2, "--init", start)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def two(dataset, tmp_path_factory):
+    """Two epochs of two processes."""
+    output = tmp_path_factory.mktemp("two")
+    options = ["--data-dir", dataset, "--epochs", 2, "--output", output]
+    return output, run(2, *options)
+
+
+@pytest.fixture(scope="module")
+def three(impl, dataset, tmp_path_factory):
+    """An epoch of three processes, and another of one."""
+    output = tmp_path_factory.mktemp("three")
+    run(3, "--data-dir", dataset, "--epochs", 1, "--output", output)
+    last = output / f"last{impl.suffix}.safetensors"
+    shutil.copy(last, output / f"first{impl.suffix}")
+    run_here(impl, dataset, output, "--epochs", 2, "--resume", last)
+    return output
+
+
+def gaps(output, reference):
+    """{what: mean relative distance} of two runs: losses, statistics of BatchNorm and weights."""
+    names = "train_loss_main", "train_loss_aux", "val_loss"
+    rows = zip(history(output), history(reference))
+    losses = [abs(ours[name] / theirs[name] - 1) for ours, theirs in rows for name in names]
+    ours, theirs = state(output), state(reference)
+    assert ours.keys() == theirs.keys()
+    found = {"losses": np.mean(losses)}
+    kinds = {"statistics": "running_", "weights": "weight"}
+    for kind, word in kinds.items():
+        keys = [key for key in ours if word in key and not key.startswith("exp_avg")]
+        distances = [np.abs(ours[key] - theirs[key]).mean() for key in keys]
+        sizes = [np.abs(theirs[key]).mean() for key in keys]
+        found[kind] = np.sum(distances) / np.sum(sizes)
+    return found
+
+
+@needs_launcher
+@pytest.mark.parametrize("several", ["two", "three"])
+def test_the_numbers_are_those_of_one_process(alone, several, request):
+    output = request.getfixturevalue(several)
+    output = output[0] if several == "two" else output
+    assert [row["epoch"] for row in history(output)] == [1, 2]
+    by_chance = [gaps(perturbed, alone[0]) for perturbed in alone[1:]]
+    for what, gap in gaps(output, alone[0]).items():
+        limit = LIMIT * max(found[what] for found in by_chance)
+        assert gap <= limit, (what, gap, limit)
+
+
+@needs_launcher
+def test_rank_0_alone_speaks_and_writes(impl, two):
+    output, text = two
+    assert text.count("epoch 1/2: train loss") == text.count("parameters;") == 1
+    names = {path.name for path in output.iterdir()}
+    suffix = impl.suffix
+    kept = {f"last{suffix}.safetensors", f"best{suffix}.safetensors"}
+    assert names == kept | {f"log{suffix}.csv", f"log{suffix}.txt"}
+
+
+@needs_launcher
+def test_evaluation_counts_every_image_once(impl, dataset, two):
+    """What the processes measured of their weights is what one measures of them."""
+    output, _ = two
+    args = impl.train_args(*SIZES, "--data-dir", str(dataset), "--no-progress")
+    train.settle_recipe(args)
+    _, val = train.load_data(args, train_per_class=0)
+    model = train.make_model(args)
+    last = output / f"last{impl.suffix}.safetensors"
+    checkpoint.load_model(model, checkpoint.read_checkpoint(last).arrays, last)
+    measured, logged = train.evaluate(model, val, args), history(output)[-1]
+    assert measured["acc_top1"] == logged["acc_top1"] and measured["acc_top5"] == 1
+    assert measured["val_loss"] == pytest.approx(logged["val_loss"], rel=1e-6)
+
+
+def processes_of(launched):
+    """{rank: process id} of the processes that a launcher started."""
+    variable = b"\0RANK=" if NAME == "torch" else b"\0OMPI_COMM_WORLD_RANK="
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            environment = b"\0" + (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        started = parent == launched and any(word.endswith(b"train.py") for word in words)
+        if started and variable in environment:
+            rank = environment.split(variable)[1].split(b"\0")[0]
+            found[int(rank)] = int(entry.name)
+    return found
+
+
+def stop_in_second_epoch(end, *options):
+    """Start two processes, call end(launcher's id, {rank: id}) in the second epoch, and wait.
+
+    Returns the status, what was written to the error stream, and the ranks' ids.
+    """
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(2, *options), **pipes)
+    for line in process.stdout:
+        if line.startswith("epoch 2/2: 17/36"):
+            break
+    ranks = processes_of(process.pid)
+    assert set(ranks) == {0, 1}
+    end(process.pid, ranks)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - start < 30
+    for rank in ranks.values():
+        assert not Path(f"/proc/{rank}").exists()
+    return process.returncode, errors
+
+
+@needs_launcher
+def test_a_signal_and_a_killed_process_end_all_and_resuming_changes_no_bit(
+    impl, dataset, two, tmp_path
+):
+    options = ["--data-dir", dataset, "--epochs", 2, "--output", tmp_path]
+    status, errors = stop_in_second_epoch(
+        lambda launched, _: os.kill(launched, signal.SIGTERM), *options
+    )
+    assert status != 0
+    said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    assert len(said) == 1 and "resume with: " in said[0], errors
+    status, errors = stop_in_second_epoch(
+        lambda _, ranks: os.kill(ranks[1], signal.SIGKILL), *options, "--resume"
+    )
+    assert status != 0 and re.search(r"rank\W+1\b", errors), errors
+    assert "resume with: " in errors or NAME == "jittor", errors
+    run(2, *options, "--resume")
+    assert history(tmp_path) == history(two[0])
+    ours, theirs = state(tmp_path), state(two[0])
+    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+
+
+@needs_launcher
+def test_what_all_processes_meet_is_one_line(tmp_path):
+    result = subprocess.run(
+        command(2, "--data-dir", tmp_path / "none"), capture_output=True, text=True
+    )
+    said = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+    assert result.returncode != 0 and len(said) == 1 and "no data set at" in said[0], result.stderr
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_processes_have_each_image_once(dataset, world, number, monkeypatch):
+    """Mixed, augmented or not, the parts of all processes are the batches of one."""
+    load, Mixup = module("dataset").load, module("augment").Mixup
+    train_set, _ = load(dataset, 3, 12, 6, progress=False)
+    train_set.mixup = Mixup(num_classes=3)
+    with closing(train_set.batches(17, 0, 1)) as batches:
+        whole = list(batches)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", world)
+    counted = [np.zeros(len(images)) for images, _ in whole]
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "RANK", rank)
+        train_set.share = partial(distributed.places_in_batch, number=number)
+        for i, (images, targets) in enumerate(train_set.batches(17, 0, 1)):
+            count = len(whole[i][0])
+            places = distributed.places_in_batch(count, number)
+            np.testing.assert_array_equal(images, whole[i][0][places])
+            np.testing.assert_array_equal(targets, whole[i][1][places])
+            for part in distributed.parts_of(count, number):
+                if part.share:
+                    counted[i][places[part.rows]] += 1
+                    assert part.share == len(part.places) / count
+    assert all((count == 1).all() for count in counted)
