@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 from .setup import patch_jittor
 from .setup.atomic import package_files, replace_link, replace_text
-from .setup.core_units import in_units
 from .setup.cuda_toolkit import (
     candidates,
     cudnn_version,
@@ -356,7 +355,6 @@ def import_jittor():
     jittor_utils._py3_include_path = f'-I"{headers}"'
     jittor_utils._py3_extension_suffix = sysconfig.get_config_var("EXT_SUFFIX")
     jittor_utils.DelayProgress = Compilation
-    jittor_utils.run_cmds = in_units(jittor_utils.run_cmds)
     compiling = "OVERLOCK_COMPILES_JITTOR" in os.environ
     nvcc, core = os.environ["nvcc_path"], "jittor_core*"
     if nvcc:
