@@ -2,6 +2,7 @@
 
 The checks, in this order: weights, batches, forward (every module's output), loss, gradients, step
 (one AdamW step), adamw (that step against the formula) and steps (the losses of --steps steps).
+With --processes N two more: those steps in N processes of each framework, beside PyTorch's in one.
 Prints a table, writes logs/alignment.csv and logs/alignment.png. Exits with status 1 if a limit is
 passed, and names the first module that departs. docs/alignment.md says what each check compares,
 and where its limit comes from.
@@ -12,6 +13,7 @@ import hashlib
 import sys
 import tempfile
 from contextlib import nullcontext
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,8 @@ def make_parser():
     add("--img-size", type=int, default=64, help=size)
     add("-b", "--batch-size", type=int, default=16, help="images a step")
     add("--steps", type=int, default=100, help="training steps of the last check")
+    several = "make those steps in so many processes too, by mpirun and torchrun"
+    add("--processes", type=int, default=1, metavar="N", help=several)
     add("--seed", type=int, default=0, help="of initial weights and batches")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of both, and of the yardstick")
     add("--data-dir", type=Path, default=data_dir, help="a folder laid out like TinyImageNet")
@@ -124,15 +128,13 @@ def load_data(f, args):
 def batches(f, args, train):
     """Training batches of one epoch after another, and no short ones.
 
-    Yields images (n, 3, side, side) and labels (n,).
+    Yields images (n, 3, side, side) and labels (n,), of many processes those of this one.
     """
-    epoch = 0
-    while True:
-        epoch += 1
-        for images, labels in train.batches(args.batch_size, args.seed, epoch):
-            if len(labels) == args.batch_size:
-                labels = labels if labels.ndim == 1 else labels.astype(f.dtype)
-                yield resized(images, args.img_size).astype(f.dtype), labels
+    for epoch in count(1):
+        of_epoch = train.batches(args.batch_size, args.seed, epoch)
+        for images, labels in islice(of_epoch, len(train) // args.batch_size):
+            labels = labels if labels.ndim == 1 else labels.astype(f.dtype)
+            yield resized(images, args.img_size).astype(f.dtype), labels
 
 
 def first_step(f, args):
@@ -216,12 +218,14 @@ def loss_and_gradients(f, model, optimizer, loss):
 def many_steps(f, args, model):
     """Losses before each of --steps training steps; loss and gradients of the first step."""
     train, run_args = f.module("train"), training_args(f, args)
+    f.module("distributed").synchronise(model)
     model.train()
     training, _ = load_data(f, args)
     optimizer, losses = train.make_optimizer(model, run_args), []
     steps = range(1, args.steps + 1)
     for (images, labels), step in zip(batches(f, args, training), steps):
-        main, aux = train.training_step(model, optimizer, images, labels, run_args, step)
+        n = args.batch_size
+        main, aux = train.training_step(model, optimizer, images, labels, run_args, step, n)
         losses.append(main + run_args.aux_loss_ratio * aux)
         if step == 1:
             first = loss_and_gradients(f, model, optimizer, losses[0])
@@ -254,10 +258,13 @@ def worker(args):
     if task == "first step":
         return np.savez(path, **first_step(f, args))
     if task == "steps":
+        f.module("distributed").start_processes(args.device)
         losses, _ = many_steps(f, args, build(f, args))
-        return np.savez(path, losses=losses)
+        if f.module("distributed").RANK == 0:
+            np.savez(path, losses=losses)
+        return None
     if task == "perturbed steps":
-        with np.load(Path(path).parent / "torch64-first step.npz") as reference:
+        with np.load(Path(path).parent / "torch64-first step-1.npz") as reference:
             return np.savez(path, **perturbed_runs(f, args, reference))
     from safetensors.numpy import save_file
 
@@ -267,20 +274,21 @@ def worker(args):
     save_file({f"model.{key}": value for key, value in arrays.items()}, path)
 
 
-def run_task(args, framework, task, path):
+def run_task(args, framework, task, path, processes=1):
     """Run a worker in the environment of `framework`; it writes `path`."""
     names = ("model", "recipe", "img_size", "batch_size", "steps", "seed", "device", "data_dir")
     names += ("num_classes", "train_per_class")
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     if args.plant_fault and framework == "jittor":
         options.append(f"--plant-fault={args.plant_fault}")
-    run_worker(args, framework, *options, "--worker", framework, task, path)
+    options += ["--worker", framework, task, path]
+    run_worker(args, framework, *options, processes=processes)
 
 
-def results_of(args, framework, task, folder):
+def results_of(args, framework, task, folder, processes=1):
     """What a worker measured, {name: array}."""
-    path = folder / f"{framework}-{task}.npz"
-    run_task(args, framework, task, path)
+    path = folder / f"{framework}-{task}-{processes}.npz"
+    run_task(args, framework, task, path, processes)
     with np.load(path) as arrays:
         return dict(arrays)
 
@@ -323,8 +331,8 @@ def main():
         return worker(args)
     if args.jittor or args.torch:
         return ports.main(args)
-    if args.steps < 1 or args.batch_size < 2 or args.img_size < 32:
-        parser.error("--steps must be at least 1, --batch-size 2, --img-size 32")
+    if min(args.steps, args.processes) < 1 or args.batch_size < 2 or args.img_size < 32:
+        parser.error("--steps and --processes must be at least 1, --batch-size 2, --img-size 32")
     if args.batch_size > args.num_classes * args.train_per_class:
         training_set = "--num-classes times --train-per-class images"
         parser.error(f"--batch-size is larger than the training set, {training_set}")
@@ -338,11 +346,19 @@ def main():
         jittor |= results_of(args, "jittor", "steps", folder)
         torch |= results_of(args, "torch", "steps", folder)
         perturbed = results_of(args, "torch", "perturbed steps", folder)
+        several, n = {}, args.processes
+        for name, f in ("Jittor", "jittor"), ("PyTorch", "torch"):
+            if n > 1:
+                several[f"steps, {n} {name}"] = results_of(args, f, "steps", folder, n)
     size = f"{args.img_size}x{args.img_size}, batch {args.batch_size}, seed {args.seed}"
     print(f"{args.model}, {size}, {args.device.upper()}; errors are relative")
     rows, departures = [], []
-    for check in CHECKS:
-        found = list(compare(check, jittor, torch, reference, perturbed))
+    for check in (*CHECKS, *several):
+        if check in several:
+            losses = (run["losses"] for run in (several[check], torch, perturbed))
+            found = list(compare_steps(*losses, check))
+        else:
+            found = list(compare(check, jittor, torch, reference, perturbed))
         line, first = summary(check, found)
         print(line, flush=True)
         departures += [f"{check}: {first}"] if first else []

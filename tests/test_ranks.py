@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from under_test import NAME, cpu_only, module, save_weights
+from tools.align.worker import launcher
 
 train, distributed = module("train"), module("distributed")
 run_files, checkpoint = module("run_files"), module("checkpoint")
@@ -35,17 +36,9 @@ needs_launcher = pytest.mark.skipif(
 pytestmark = cpu_only("one GPU runs one process")
 
 
-def launcher(count):
-    """The words before train.py that start so many processes of it."""
-    if NAME == "torch":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*torchrun, f"--nproc_per_node={count}"]
-    return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(count), sys.executable]
-
-
 def command(count, *options):
     program = str(ROOT / f"{NAME}_impl" / "train.py")
-    return [*launcher(count), program, *SIZES, *map(str, options)]
+    return [*launcher(NAME, sys.executable, count), program, *SIZES, *map(str, options)]
 
 
 def run(count, *options):

@@ -1,5 +1,6 @@
 """Starts align.py in the environment of a framework, where it computes its side."""
 
+import os
 import subprocess
 import sys
 
@@ -15,16 +16,28 @@ def say(message):
     sys.exit(f"{SAYS}{message}")
 
 
-def run_worker(args, framework, *options):
+def launcher(framework, python, count):
+    """The words before a program that start `count` processes of it on this machine."""
+    if count == 1:
+        return [python]
+    if framework == "jittor":
+        rights = ["--allow-run-as-root"] if os.getuid() == 0 else []
+        return ["mpirun", *rights, "--oversubscribe", "-np", count, python]
+    return [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+
+
+def run_worker(args, framework, *options, processes=1):
     """Run align.py with these options in the environment of `framework`, "jittor" or "torch...".
 
     If it fails the program ends with one line.
     """
     python = args.jittor_python if framework == "jittor" else args.torch_python
-    command = map(str, (python, ROOT / "align.py", *options))
+    command = [*launcher(framework, python, processes), ROOT / "align.py", *options]
     try:
-        result = subprocess.run(list(command), capture_output=True, text=True)
-    except OSError:
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    except OSError as error:
+        if error.filename == "mpirun":
+            fail("no mpirun; install it (Debian: apt install openmpi-bin libopenmpi-dev)")
         remedy = "run `make environments`, or give --jittor-python and --torch-python"
         fail(f"no Python at {python}; {remedy}")
     if result.returncode:
