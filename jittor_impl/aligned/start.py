@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -198,6 +199,28 @@ def compile_jittor():
         fail(f"Jittor could not be compiled (status {status}), the reason is above")
 
 
+def cpu_key():
+    """Names what compiled code may use of the processor: its flags, as -march=native sees them."""
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)
+    words = " ".join(sorted(flags[1].split())) if flags else platform.machine()
+    return hashlib.sha1(words.encode()).hexdigest()[:8]
+
+
+@contextmanager
+def names_of_any_host():
+    """Let Jittor name its cache by the C library, not by the host's name and its kernel's version.
+
+    Every container, and every node of a cluster, would compile anew what it could share.
+    """
+    own = platform.node, platform.platform
+    system = "-".join((platform.system(), platform.machine(), *platform.libc_ver()))
+    platform.node, platform.platform = (lambda: ""), (lambda: system)
+    try:
+        yield
+    finally:
+        platform.node, platform.platform = own
+
+
 @contextmanager
 def one_at_a_time(folder):
     """Keep other processes that want the same out meanwhile, where the file system has locks."""
@@ -303,7 +326,7 @@ def signal_handlers_kept(*signals):
 
 def import_jittor():
     # Else the cache is named after the branch of the git repository around the environment.
-    os.environ.setdefault("cache_name", "overlock")
+    os.environ.setdefault("cache_name", f"overlock-{cpu_key()}")
     os.environ.setdefault("log_silent", "1")
     choose_mpi()
     # Jittor would download cuTT and CUTLASS where it finds a GPU, and does without them.
@@ -340,7 +363,8 @@ def import_jittor():
     for number in (np.float32, np.float64):
         np.finfo(number)  # measured once; it would warn after Jittor turned subnormal numbers off
     try:
-        import jittor_utils  # which makes folders
+        with names_of_any_host():
+            import jittor_utils  # which makes folders
         from jittor_utils import install_cuda
     except OSError as error:
         fail(
