@@ -83,6 +83,13 @@ def test_operators_are_compiled_with_headers_ahead_of_them():
     assert result.returncode == 0 and f"! {header}.gch" in result.stderr, result.stderr[:2000]
 
 
+def test_a_host_of_another_name_and_kernel_finds_the_same_cache():
+    code = "import platform; platform.node = platform.platform = lambda *_: '{}'\n"
+    code += "from jittor_impl.aligned.start import jt; print(jt.compiler.cache_path)"
+    paths = {python(code.format(host)).stdout for host in ("one", "another")}
+    assert paths == {f"{jt.compiler.cache_path}\n"}
+
+
 def test_a_home_that_cannot_be_written_to(tmp_path):
     (tmp_path / ".cache").write_text("")
     result = python("import jittor_impl.models", HOME=str(tmp_path))
