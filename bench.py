@@ -1,10 +1,11 @@
 """Time both frameworks side by side: python bench.py, or `make bench`.
 
 Every measurement is a process of its own, after warm-up; the implementations take turns
-(A B C A B C ...), so that a slow minute of the machine hits all of them. They are Jittor, PyTorch,
-and PyTorch with NATTEN's na2d_av, which is what the official OverLoCK runs, at the larger batch
-only: "natten" as pip builds it for a CPU, with no optimisation and for one thread; "natten -O3" the
-same source with the compiler flags that it lacks.
+(A B C A B C ...), so that a slow minute of the machine hits all of them. A turn beside which a
+fixed matrix product is slow does not count; the ratio has its range over the others. They are
+Jittor, PyTorch, and PyTorch with NATTEN's na2d_av, which is what the official OverLoCK runs, at the
+larger batch only: "natten" as pip builds it for a CPU, with no optimisation and for one thread;
+"natten -O3" the same source with the compiler flags that it lacks.
 
 Prints a table, writes logs/bench.csv and logs/bench.png.
 
@@ -35,6 +36,8 @@ from tools.frameworks import ROOT, Jittor, Torch
 
 # PyTorch's own na2d_av; on a GPU the choice is between two by the size of the map.
 NA2D = {"cpu": "dense", "cuda": "auto"}
+# How much longer than at its best a fixed matrix product may take beside a turn that counts.
+NOISE = 0.1
 IMPLEMENTATIONS = ("jittor", "torch", "natten", "natten -O3")
 # Merged: after reparam() in both, and with BatchNorms folded into the convolutions before them.
 STEPS = ("training step", "inference", "merged inference")
@@ -352,6 +355,13 @@ def machine_rates(device):
     return products, copy
 
 
+def product_time(device):
+    """Median seconds of a fixed matrix product, which tells whether the machine is quiet."""
+    f, side = Torch(device), 1024 if device == "cpu" else 8192
+    a, b = f.torch.randn(2, side, side, device=device)
+    return statistics.median(measure(lambda: a @ b, 0.3, f.synchronize))
+
+
 def device_name(device):
     return (
         Torch(device).torch.cuda.get_device_name()
@@ -471,7 +481,8 @@ def print_row(row):
     for name in IMPLEMENTATIONS:
         time_ms, spread = row[f"{name}_ms"], row[f"{name}_spread_ms"]
         cells.append(f"{'-':>15}" if time_ms == "" else f"{time_ms:9.2f} +-{spread:4.1f}")
-    cells.append(f"{row['jittor_ms'] / row['torch_ms']:8.2f} {row['floor_ms']:8.2f}")
+    turns = f"({row['ratio_min']:.2f}-{row['ratio_max']:.2f})"
+    cells.append(f"{row['jittor_ms'] / row['torch_ms']:8.2f} {turns} {row['floor_ms']:8.2f}")
     cells.append(f"{row['jittor_ms'] / row['floor_ms']:8.1f}")
     cells.append(f"{row['jittor_peak_mib']:7.0f} {row['torch_peak_mib']:9.0f}")
     rates = [row[f"{name}_images_per_s"] for name in ("jittor", "torch")]
@@ -502,7 +513,7 @@ def main():
         "peak memory of the process in MiB"
     )
     names = " ".join(f"{name:>15}" for name in IMPLEMENTATIONS)
-    ratios = f"{'jt/torch':>8} {'floor':>8} {'jt/floor':>8}"
+    ratios = f"{'jt/torch':>8} {'(turns)':>11} {'floor':>8} {'jt/floor':>8}"
     print(f"{'':46} {names} {ratios} {'jt MiB':>7} {'torch MiB':>9}")
     rows = []
     for task in chosen:
@@ -511,6 +522,13 @@ def main():
         row["floor_ms"] = 1e3 * max(products / products_rate, bytes_moved / byte_rate)
         rows.append(row)
         print_row(row)
+    dropped = sum(row["turns_dropped"] for row in rows)
+    if dropped or any(row["noisy"] for row in rows):
+        noisy = sum(row["noisy"] for row in rows)
+        print(
+            f"This machine is not quiet: a fixed product took {NOISE:.0%} longer than at its best "
+            f"beside {dropped} turns, which were dropped, and beside every turn of {noisy} rows"
+        )
     threads = [f"{name} {rows[-1][f'{name}_threads']}" for name in ("jittor", "torch")]
     print("threads: " + ", ".join(threads))
     for name, jittor, torch in first_steps(args, environments):
@@ -526,32 +544,51 @@ def main():
     print(f"written: {args.output / 'bench.csv'}, {args.output / 'bench.png'}")
 
 
+def take_turn(task, environments, args):
+    """{implementation: what its process measured}, one after another."""
+    return {
+        name: run_worker(args, python, name, task, environment)
+        for name, (python, environment) in environments.items()
+        if task.uses_natten or not name.startswith("natten")
+    }
+
+
+def quiet_turns(task, environments, args):
+    """The turns beside which a fixed product took its best time, and how many others there were.
+
+    All turns, and 0, if there is none. The product is timed before, between and after the turns.
+    """
+    products, turns = [product_time(args.device)], []
+    for _ in range(args.rounds):
+        turns.append(take_turn(task, environments, args))
+        products.append(product_time(args.device))
+    slow = [time > (1 + NOISE) * min(products) for time in products]
+    quiet = [turn for i, turn in enumerate(turns) if not (slow[i] or slow[i + 1])]
+    return quiet or turns, len(turns) - len(quiet)
+
+
 def bench(task, environments, args):
     """Let the implementations take turns at `task`.
 
     Returns a row of the table, its floor excepted.
     """
-    times, peaks, threads = {name: [] for name in environments}, {}, {}
-    for _ in range(args.rounds):
-        for name, (python, environment) in environments.items():
-            if name.startswith("natten") and not task.uses_natten:
-                continue
-            result = run_worker(args, python, name, task, environment)
-            times[name] += result["times"]
-            peaks[name] = max(peaks.get(name, 0), result["peak"])
-            threads[name] = result["threads"]
+    turns, noisy = quiet_turns(task, environments, args)
+    medians = [[statistics.median(t[f]["times"]) for f in ("jittor", "torch")] for t in turns]
+    ratios = [jittor / torch for jittor, torch in medians]
     row = {"task": str(task)}
     for name in IMPLEMENTATIONS:
-        values = [1e3 * t for t in times.get(name, [])]
+        results = [turn[name] for turn in turns if name in turn]
+        values = [1e3 * t for result in results for t in result["times"]]
         quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [0, 0, 0]
         median = statistics.median(values) if values else ""
         row[f"{name}_ms"] = median
         row[f"{name}_spread_ms"] = (quartiles[2] - quartiles[0]) / 2 if values else ""
         counts_images = values and task.kind in STEPS
         row[f"{name}_images_per_s"] = 1e3 * task.batch / median if counts_images else ""
-        row[f"{name}_peak_mib"] = peaks.get(name, "")
-        row[f"{name}_threads"] = threads.get(name, "")
-    return row
+        row[f"{name}_peak_mib"] = max((result["peak"] for result in results), default="")
+        row[f"{name}_threads"] = results[-1]["threads"] if results else ""
+    row |= dict(ratio_min=min(ratios), ratio_max=max(ratios))
+    return row | dict(turns_dropped=args.rounds - len(turns), noisy=int(noisy == args.rounds))
 
 
 def draw(rows, path):

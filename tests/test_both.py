@@ -303,6 +303,24 @@ def test_bench_measures_both_frameworks(pythons, tmp_path):
     assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(
+    "products, kept, noisy",
+    [
+        ([10, 10, 10.9, 10], [0, 1, 2], 0),
+        ([10, 12, 10, 10], [2], 2),
+        ([10, 12, 10, 12], [0, 1, 2], 3),
+    ],
+)
+def test_bench_leaves_out_turns_of_a_machine_that_is_not_quiet(monkeypatch, products, kept, noisy):
+    import bench
+
+    products, turns = iter(products), iter(range(3))
+    monkeypatch.setattr(bench, "product_time", lambda device: next(products))
+    monkeypatch.setattr(bench, "take_turn", lambda *_: next(turns))
+    args = bench.make_parser().parse_args(["--rounds", "3"])
+    assert bench.quiet_turns(None, {}, args) == (kept, noisy)
+
+
 @pytest.mark.parametrize("variant, side", [("overlock_xxt", 64), ("overlock_xt", 224)])
 def test_bench_times_the_windows_of_the_models(variant, side, monkeypatch):
     import torch
