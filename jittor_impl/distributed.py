@@ -114,6 +114,11 @@ def stop(program, status, message):
     What every process meets, such as a wrong option, rank 0 alone says.
     """
     if RANK > 0:
+        # The launcher ends this process once rank 0 has left, or has begun to (follow_rank_0).
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: leave(status))
+        if signal.alarm(0):
+            leave(status)
         time.sleep(GRACE)
         message += f" (rank {RANK} of {WORLD_SIZE} processes)"
     say(f"{program}: " + " ".join(message.splitlines()), sys.stderr)

@@ -22,9 +22,7 @@ def launcher(framework, python, count):
         return [python]
     if framework == "jittor":
         rights = ["--allow-run-as-root"] if os.getuid() == 0 else []
-        # Seconds from SIGTERM to SIGKILL: with mpirun's own, 1, a busy machine loses the last line.
-        patience = ["--mca", "odls_base_sigkill_timeout", "10"]
-        return ["mpirun", *rights, *patience, "--oversubscribe", "-np", str(count), python]
+        return ["mpirun", *rights, "--oversubscribe", "-np", str(count), python]
     return [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
 
 
