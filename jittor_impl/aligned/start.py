@@ -292,8 +292,7 @@ def compile_operators_faster(jittor, cache):
     header = Path(cache) / f"operators-{hashlib.sha1((flags + source).encode()).hexdigest()[:16]}.h"
     compiled, temporary = Path(f"{header}.gch"), Path(f"{header}.{os.getpid()}")
     if not header.exists():
-        temporary.write_text(source)
-        os.replace(temporary, header)
+        replace_text(header, source, 0o644)
     if not compiled.exists():
         linking = ("-l", "-L", "-shared")
         options = [flag for flag in shlex.split(flags) if not flag.startswith(linking)]
