@@ -9,6 +9,7 @@ Shapes are (B, C, H, W) unless a comment says otherwise.
 """
 
 from functools import cache, lru_cache
+from itertools import chain
 
 import numpy as np
 from .launch import cast, check_channels, check_types, has_kernel, launch, on_gpu, run_code
@@ -88,7 +89,17 @@ class ContMixFunction(jt.Function):
     proj_weight (k1² + k2², S*S, 1, 1) and proj_bias (k1² + k2²,) are its 1x1 convolution's.
     """
 
-    headers = ("neighbourhood.h", "lanes.h", "product.h", "na2d_av_cpu.h", "contmix_cpu.h"), ()
+    headers = (
+        (
+            "neighbourhood.h",
+            "lanes.h",
+            "product.h",
+            "na2d_av_cpu.h",
+            "activation_cpu.h",
+            "contmix_cpu.h",
+        ),
+        (),
+    )
 
     def execute(self, query, key, proj_weight, proj_bias, rpb1, rpb2, x):
         B, C, H, W = x.shape
@@ -126,7 +137,7 @@ class DepthwiseConvFunction(jt.Function):
     """
 
     headers = (
-        ("lanes.h", "inference_cpu.h", "depthwise_cpu.h"),
+        ("lanes.h", "activation_cpu.h", "inference_cpu.h", "depthwise_cpu.h"),
         ("cuda_launch.h", "depthwise_cuda.h"),
     )
 
@@ -188,7 +199,16 @@ class DenseConvFunction(jt.Function):
     oneDNN, adds the bias by further operators and takes half as long again (docs/performance.md).
     """
 
-    headers = ("lanes.h", "product.h", "inference_cpu.h", "convolution_cpu.h"), ()
+    headers = (
+        (
+            "lanes.h",
+            "product.h",
+            "activation_cpu.h",
+            "inference_cpu.h",
+            "convolution_cpu.h",
+        ),
+        (),
+    )
 
     def execute(self, x, weight, bias, stride, padding, dilation):
         self.x, self.weight, self.bias = x, weight, bias
@@ -258,12 +278,24 @@ def convolve(x, conv, own, residual=False):
     return x + own(x) if residual else own(x)
 
 
-# The activations that a convolution's kernel applies in inference, as inference_cpu.h calls them.
-ACTIVATIONS = {
-    nn.GELU: "overlock::GELU",
-    nn.SiLU: "overlock::SILU",
-    type(None): "overlock::IDENTITY",
-}
+# The activations that kernels apply, as activation_cpu.h counts them.
+ACTIVATIONS = {type(None): 0, nn.GELU: 1, nn.SiLU: 2}
+
+
+class ActivationFunction(jt.Function):
+    """GELU or SiLU of x, of any shape; `activation` is one of ACTIVATIONS."""
+
+    headers = ("activation_cpu.h",), ()
+
+    def execute(self, x, activation):
+        self.x, self.numbers = x, {"n": x.numel(), "activation": ACTIVATIONS[type(activation)]}
+        return self.run("activation", [x])
+
+    def grad(self, grad_y):
+        return self.run("activation_backward", [self.x, grad_y]), None
+
+    def run(self, kernel, inputs):
+        return launch(kernel, self.headers, inputs, [self.x], self.numbers)[0]
 
 
 def bias_and_norm(conv, norm, inputs):
@@ -300,7 +332,7 @@ def fused_convolution(x, conv, norm=None, activation=None):
     bias, norm = bias_and_norm(conv, norm, inputs)
     code = (
         f"overlock::convolution(in0_p, in1_p, {bias}, out0_p, {{{geometry}}}, "
-        f"{norm}, {ACTIVATIONS[type(activation)]});"
+        f"{norm}, (overlock::Activation){ACTIVATIONS[type(activation)]});"
     )
     return run_code(DenseConvFunction.headers, (code, ""), inputs, [(shape, x.dtype)], numbers)[0]
 
@@ -336,7 +368,7 @@ def merged_depthwise(x, branches, activation=None):
     numbers = ", ".join(f'(int)data["{name}"]' for name in sizes)
     given = f"overlock::Branch branches[] = {{{', '.join(parts)}}};\n"
     call = f"overlock::merged_depthwise(in0_p, branches, {len(branches)}, "
-    cpu = f"{given}{call}{ACTIVATIONS[type(activation)]}, out0_p, {numbers});"
+    cpu = f"{given}{call}(overlock::Activation){ACTIVATIONS[type(activation)]}, out0_p, {numbers});"
     gpu = f"{given}{call}out0_p, out1_p, out2_p, {numbers}, 0);"
     outputs, weight = [(x.shape, x.dtype)], branches[0][0].weight
     if on_gpu():  # which merges in memory
@@ -350,6 +382,141 @@ def has_merged_kernel(x, branches):
     single = all(conv.weight.dtype == norm.weight.dtype == "float32" for conv, norm in branches)
     fits = has_kernel(DepthwiseConvFunction, x) and keeps_size(conv) and conv.dilation == (1, 1)
     return fits and single and (not on_gpu() or fits_gpu(K, 1))
+
+
+class ReparamFunction(jt.Function):
+    """The sum of norm(conv(x)) over a dilated reparam block's branches, in training on the CPU.
+
+    x (B, C, H, W); of each branch weight (C, 1, K, K), gamma, beta and the running statistics (C,);
+    dilations: of each branch. Returns the sum (B, C, H, W), and of each branch its new running mean
+    and variance.
+    """
+
+    headers = (*DepthwiseConvFunction.headers[0], "reparam_cpu.h"), ()
+
+    def execute(self, x, dilations, eps, momentum, *variables):
+        B, C, H, W = x.shape
+        branches = [variables[i : i + 5] for i in range(0, len(variables), 5)]
+        self.dilations, self.sizes = dilations, {"B": B, "C": C, "H": H, "W": W}
+        per_channel, n = ((C,), "float32"), len(branches)
+        # Whole vectors of planes, of up to 16 lanes.
+        convolved = (n, -(-B * C // 16) * 16, H, W), x.dtype
+        statistics = (2, n, C), "float32"
+        y, convolved, statistics, *new = self.run(
+            "reparam",
+            "TrainedBranch",
+            [x],
+            branches,
+            [(x.shape, x.dtype), convolved, statistics],
+            [[per_channel, per_channel] for _ in branches],
+            {"eps": float(eps), "momentum": float(momentum)},
+        )
+        self.saved = x, convolved, statistics
+        self.branches = [(weight, gamma) for weight, gamma, *_ in branches]
+        return y, *new
+
+    def grad(self, grad_y, *_):
+        given = [
+            [(weight.shape, weight.dtype)] + 2 * [(gamma.shape, gamma.dtype)]
+            for weight, gamma in self.branches
+        ]
+        x = self.saved[0]
+        grad_x, *grads = self.run(
+            "reparam_backward",
+            "BranchGradients",
+            [*self.saved, grad_y],
+            self.branches,
+            [(x.shape, x.dtype)],
+            given,
+            {},
+        )
+        of_branches = [(*grads[i : i + 3], None, None) for i in range(0, len(grads), 3)]
+        return grad_x, None, None, None, *chain.from_iterable(of_branches)
+
+    def run(self, kernel, struct, inputs, branches, outputs, of_branches, numbers):
+        """The kernel with its own inputs and outputs, and a struct for each branch."""
+        code = reparam_code(
+            kernel,
+            struct,
+            (len(inputs), len(branches[0])),
+            (len(outputs), len(of_branches[0])),
+            tuple((conv.shape[2], d) for (conv, *_), d in zip(branches, self.dilations)),
+            tuple(numbers),
+        )
+        return run_code(
+            self.headers,
+            (code, ""),
+            [*inputs, *chain.from_iterable(branches)],
+            [*outputs, *chain.from_iterable(of_branches)],
+            {**self.sizes, **numbers},
+        )
+
+
+@cache
+def reparam_code(kernel, struct, inputs, outputs, kernels, numbers):
+    """The C++ call of a kernel of reparam_cpu.h.
+
+    inputs, outputs: how many it has of its own, and how many for each branch; kernels: size and
+    dilation of each branch; numbers: the names of what follows the sizes.
+    """
+
+    def pointers(prefix, first, count):
+        return [f"{prefix}{i}_p" for i in range(first, first + count)]
+
+    structs = []
+    for i, (size, dilation) in enumerate(kernels):
+        own = pointers("in", inputs[0] + i * inputs[1], inputs[1])
+        own += pointers("out", outputs[0] + i * outputs[1], outputs[1])
+        structs.append(f"{{{', '.join(own)}, {size}, {dilation}}}")
+    x, *others = pointers("in", 0, inputs[0])
+    sizes = [f'(int)data["{name}"]' for name in ("B", "C", "H", "W")]
+    arguments = [
+        x,
+        "branches",
+        str(len(kernels)),
+        *others,
+        *pointers("out", 0, outputs[0]),
+        *sizes,
+        *(f'(float)data["{name}"]' for name in numbers),
+    ]
+    return (
+        f"overlock::{struct} branches[] = {{{', '.join(structs)}}};\n"
+        f"overlock::{kernel}({', '.join(arguments)});"
+    )
+
+
+def reparam(x, branches):
+    """The sum of norm(conv(x)) over `branches`, as `has_reparam_kernel` takes them, in training.
+
+    Keeps the running statistics of each BatchNorm.
+    """
+    check_channels("Conv2d", x, branches[0][0].in_channels)
+    norms = [norm for _, norm in branches]
+    variables = [
+        (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        for conv, norm in branches
+    ]
+    y, *new = ReparamFunction.apply(
+        x,
+        tuple(conv.dilation[0] for conv, _ in branches),
+        norms[0].eps,
+        norms[0].momentum,
+        *chain.from_iterable(variables),
+    )
+    for norm, mean, var in zip(norms, new[::2], new[1::2]):
+        norm.keep_statistics(mean, var)
+    return y
+
+
+def has_reparam_kernel(x, branches):
+    """Whether `reparam` takes x and `branches` on the device in use."""
+    alike = {(norm.eps, norm.momentum) for _, norm in branches}
+    return (
+        has_kernel(ReparamFunction, x, *(v.weight for branch in branches for v in branch))
+        and len(alike) == 1
+        and x.shape[0] * x.shape[2] * x.shape[3] > 1
+        and all(keeps_size(conv) and conv.bias is None for conv, _ in branches)
+    )
 
 
 class SeparableFunction(jt.Function):
@@ -452,7 +619,10 @@ def bilinear_matrix(size, out_size):
     return constant(matrix)
 
 
-NORM_HEADERS = ("norm_cpu.h",), ("cuda_launch.h", "cuda_sum.h", "norm_cuda.h")
+NORM_HEADERS = (
+    ("lanes.h", "activation_cpu.h", "norm_cpu.h"),
+    ("cuda_launch.h", "cuda_sum.h", "norm_cuda.h"),
+)
 
 
 def norm_chunks(x):
@@ -460,12 +630,12 @@ def norm_chunks(x):
     return min(max(-(-x.shape[0] * x.shape[2] * x.shape[3] // 2048), 1), 1024)
 
 
-def norm_backward(kernel, saved, grad_y):
+def norm_backward(kernel, saved, grad_y, **numbers):
     """Gradients of x, weight and bias by a kernel of NORM_HEADERS.
 
-    saved: x, weight, mean, inv_std.
+    saved: x, weight, and what else the kernel reads; numbers: what it takes beside the sizes.
     """
-    x, weight, _, _ = saved
+    x, weight, *_ = saved
     B, C, H, W = x.shape
     chunks = norm_chunks(x)
     return launch(
@@ -473,23 +643,28 @@ def norm_backward(kernel, saved, grad_y):
         NORM_HEADERS,
         [*saved, cast(grad_y, x.dtype)],
         [x, weight, weight],
-        {"B": B, "C": C, "P": H * W},
+        {"B": B, "C": C, "P": H * W, **numbers},
         scratch=[(chunks + 1, C, 2)],
         gpu_numbers={"chunks": chunks},
     )
 
 
-def batch_norm(x, weight, bias, running_mean, running_var, momentum, eps):
-    """BatchNorm's kernel: y, and (C,) each, mean, inv_std, new running mean and variance."""
+def batch_norm(
+    x, weight, bias, running_mean, running_var, momentum, eps, kernel="batch_norm", **numbers
+):
+    """BatchNorm's kernel: y, and (C,) each, mean, inv_std, new running mean and variance.
+
+    numbers: what `kernel` takes beside the sizes, eps and momentum.
+    """
     B, C, H, W = x.shape
     chunks = norm_chunks(x)
-    numbers = {"B": B, "C": C, "P": H * W, "eps": float(eps), "momentum": float(momentum)}
+    sizes = {"B": B, "C": C, "P": H * W, "eps": float(eps), "momentum": float(momentum)}
     return launch(
-        "batch_norm",
+        kernel,
         NORM_HEADERS,
         [x, weight, bias, running_mean, running_var],
         [x, *[((C,), "float32")] * 4],
-        numbers,
+        {**sizes, **numbers},
         scratch=[(chunks, C, 2)],
         gpu_numbers={"chunks": chunks},
     )
@@ -498,12 +673,13 @@ def batch_norm(x, weight, bias, running_mean, running_var, momentum, eps):
 class BatchNormFunction(jt.Function):
     """BatchNorm of a batch x (B, C, H, W), variance in two passes.
 
-    Returns y, and the new running mean and (unbiased) variance, float32 (C,), without a gradient.
+    activation: one of ACTIVATIONS, applied to the result, on the CPU alone. Returns y, and the new
+    running mean and (unbiased) variance, float32 (C,), without a gradient.
     """
 
     headers = NORM_HEADERS
 
-    def execute(self, x, weight, bias, running_mean, running_var, momentum, eps):
+    def execute(self, x, weight, bias, running_mean, running_var, momentum, eps, activation=None):
         check_types("BatchNorm: weight and bias", weight, bias)
         check_channels(
             "BatchNorm", x, *(v.numel() for v in (weight, bias, running_mean, running_var))
@@ -513,14 +689,19 @@ class BatchNormFunction(jt.Function):
                 "BatchNorm: the running statistics must be float32, got "
                 f"{running_mean.dtype} and {running_var.dtype}"
             )
-        y, mean, inv_std, new_mean, new_var = batch_norm(
-            x, weight, bias, running_mean, running_var, momentum, eps
-        )
-        self.saved = x, weight, mean, inv_std
+        self.kernel, self.numbers = "batch_norm", {}
+        if activation is not None:
+            self.kernel = "batch_norm_activation"
+            self.numbers = {"activation": ACTIVATIONS[type(activation)]}
+        values = x, weight, bias, running_mean, running_var, momentum, eps
+        y, mean, inv_std, new_mean, new_var = batch_norm(*values, self.kernel, **self.numbers)
+        # The activation is taken again, of what the bias is part of.
+        self.saved = x, weight, *([] if activation is None else [bias]), mean, inv_std
         return y, new_mean, new_var
 
     def grad(self, grad_y, *_):
-        return *norm_backward("batch_norm_backward", self.saved, grad_y), None, None, None, None
+        grads = norm_backward(f"{self.kernel}_backward", self.saved, grad_y, **self.numbers)
+        return *grads, None, None, None, None, None
 
 
 class LayerNormFunction(jt.Function):
@@ -553,7 +734,7 @@ class GRNFunction(jt.Function):
     Where a channel is 0 its norm's gradient is 0, as in PyTorch, not NaN.
     """
 
-    headers = ("norm_cpu.h",), ("cuda_launch.h", "cuda_sum.h", "grn_cuda.h")
+    headers = NORM_HEADERS[0], ("cuda_launch.h", "cuda_sum.h", "grn_cuda.h")
 
     def execute(self, x, gamma, beta):
         check_types("GRN: gamma and beta", gamma, beta)

@@ -12,16 +12,19 @@ from itertools import takewhile
 import numpy as np
 from .functions import (
     ACTIVATIONS,
+    ActivationFunction,
     BatchNormFunction,
     adaptive_avg_pool2d,
     convolve,
     fused_convolution,
     has_fused_kernel,
     has_merged_kernel,
+    has_reparam_kernel,
     merged_depthwise,
+    reparam,
     without_gradient,
 )
-from .launch import cast
+from .launch import cast, has_kernel
 from .start import jt, nn
 
 
@@ -84,6 +87,10 @@ class BatchNorm2d(nn.Module):
             shift = self.bias - self.running_mean * scale
             # (C,) -> (1, C, 1, 1)
             return cast(x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1), x.dtype)
+        return self.normalize(x)
+
+    def normalize(self, x, activation=None):
+        """activation(x (B, C, H, W) by the batch's statistics); None or one of ACTIVATIONS."""
         if x.numel() // x.shape[1] < 2:
             raise ValueError(
                 "BatchNorm2d in training needs more than one value per channel, "
@@ -91,12 +98,16 @@ class BatchNorm2d(nn.Module):
             )
         statistics = self.running_mean, self.running_var
         y, running_mean, running_var = BatchNormFunction.apply(
-            x, self.weight, self.bias, *statistics, self.momentum, self.eps
+            x, self.weight, self.bias, *statistics, self.momentum, self.eps, activation
         )
+        self.keep_statistics(running_mean, running_var)
+        return y
+
+    def keep_statistics(self, running_mean, running_var):
+        """Count a batch, after which the running statistics are these."""
         self.running_mean.update(running_mean)
         self.running_var.update(running_var)
         self.num_batches_tracked.update(self.num_batches_tracked + 1)
-        return y
 
 
 def infers(module):
@@ -115,17 +126,23 @@ def is_hooked(layer):
 class FusedSequential(nn.Sequential):
     """torch.nn.Sequential.
 
-    In inference a convolution and the BatchNorm and the activation after it are one kernel.
+    On a CPU a BatchNorm and the activation after it are one kernel; in inference those and the
+    convolution before them.
     """
 
     def execute(self, x):
-        if not infers(self):
-            return super().execute(x)
         layers = list(self.layers.values())
         while layers:
-            norm, activation = followers(layers)
+            norm, activation = followers(layers) if infers(self) else (None, None)
             count = 1 + (norm is not None) + (activation is not None)
-            x = layers[0](x) if count == 1 else fused_convolution(x, layers[0], norm, activation)
+            if count > 1:
+                x = fused_convolution(x, layers[0], norm, activation)
+            elif normalizes_and_activates(layers):
+                x, count = layers[0].normalize(x, layers[1]), 2
+            elif type(layers[0]) in ACTIVATIONS and has_kernel(ActivationFunction, x):
+                x = ActivationFunction.apply(x, layers[0])
+            else:
+                x = layers[0](x)
             layers = layers[count:]
         return x
 
@@ -141,15 +158,30 @@ def followers(layers):
     return norm, activation
 
 
+def normalizes_and_activates(layers):
+    """Whether the first two of `layers` are a BatchNorm in training and an activation."""
+    if len(layers) < 2 or any(is_hooked(layer) for layer in layers[:2]):
+        return False
+    norm, activation = layers[:2]
+    # A subclass of BatchNorm2d may compute something else.
+    plain = type(norm) is BatchNorm2d and norm.training and norm.weight.dtype == "float32"
+    return plain and type(activation) in ACTIVATIONS and has_kernel(ActivationFunction)
+
+
 def sum_of_branches(module, x, branches):
     """The sum of norm(conv(x)) over `branches` of `module`.
 
-    branches: pairs (depthwise Conv2d, BatchNorm2d), the largest kernel first. In inference they are
-    merged into one convolution at every call, as `reparam` does for good.
+    branches: pairs (depthwise Conv2d, BatchNorm2d), the largest kernel first. In training they are
+    one kernel; in inference they are merged into one convolution at every call, as `reparam` does
+    for good.
     """
     hooked = any(is_hooked(layer) for branch in branches for layer in branch)
     if infers(module) and not hooked and has_merged_kernel(x, branches):
         return merged_depthwise(x, branches)
+    # A subclass of BatchNorm2d computes something else, in training.
+    plain = all(type(norm) is BatchNorm2d and norm.training for _, norm in branches)
+    if plain and not hooked and has_reparam_kernel(x, branches):
+        return reparam(x, branches)
     out = None
     for conv, norm in branches:
         out = norm(conv(x)) if out is None else out + norm(conv(x))

@@ -201,9 +201,12 @@ def compile_jittor():
 
 def cpu_key():
     """Names what compiled code may use of the processor: its flags, as -march=native sees them."""
+    return hashlib.sha1(" ".join(sorted(cpu_flags())).encode()).hexdigest()[:8]
+
+
+def cpu_flags():
     flags = re.search(r"^(?:flags|Features)\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    words = " ".join(sorted(flags[1].split())) if flags else platform.machine()
-    return hashlib.sha1(words.encode()).hexdigest()[:8]
+    return flags[1].split() if flags else [platform.machine()]
 
 
 @contextmanager
@@ -337,6 +340,8 @@ def import_jittor():
     if "cc_flags" not in os.environ:
         os.environ["cc_flags"] = " -O1 "
         os.environ["kernel_flags"] = os.environ.get("kernel_flags", "") + " -Ofast "
+        if "avx512f" in cpu_flags():  # g++ would make vectors of half the width
+            os.environ["kernel_flags"] += " -mprefer-vector-width=512 "
     # cuBLAS and cuDNN read it as they are loaded, and then stay with float32; see gpu.py.
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     if "OVERLOCK_TF32" in os.environ:

@@ -1,6 +1,6 @@
 // ContMix (OverLoCK, section 3.2) on the CPU, forward and backward, one head of one image at a time, so that what lies
-// between the affinities and the output stays in the cache. Include neighbourhood.h, lanes.h, product.h and
-// na2d_av_cpu.h before it. No atomics; sums are cut at fixed places, so the thread count changes no bit.
+// between the affinities and the output stays in the cache. Include neighbourhood.h, lanes.h, product.h,
+// na2d_av_cpu.h and activation_cpu.h before it. No atomics; sums are cut at fixed places, so the thread count changes no bit.
 #pragma once
 #include <cmath>
 
@@ -57,7 +57,7 @@ struct ContMixScratch {
 inline void softmax(float* x, int n) {
     float largest = x[0], sum = 0;
     for (int k = 1; k < n; k++) largest = std::max(largest, x[k]);
-    for (int k = 0; k < n; k++) x[k] = std::exp(x[k] - largest);
+    for (int k = 0; k < n; k++) x[k] = exp_of(x[k] - largest);
     for (int k = 0; k < n; k++) sum += x[k];
     const float scale = 1 / sum;
     for (int k = 0; k < n; k++) x[k] *= scale;

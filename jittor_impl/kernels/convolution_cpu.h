@@ -16,9 +16,10 @@ struct Columns {
     int64_t count() const { return (int64_t)images * rows * cols; }
 };
 
-constexpr int TILE_COLS = 16;
+constexpr int TILE_COLS = 2 * LANES;
+constexpr int RUN = 8;  // columns that are copied at once where they stand side by side in the map
 
-// Columns first to first + count, channels c to c + channels, as panels of 16 columns: panel, row k, 16 floats.
+// Columns first to first + count, channels c to c + channels, as panels of TILE_COLS columns: panel, row k, column.
 // A panel has `rows` rows, as many as channels * taps or more. Zeros fill the last panel.
 inline void pack(const Columns& g, const float* map, int64_t first, int count, int c, int channels, int rows,
                  float* panels) {
@@ -37,20 +38,19 @@ inline void pack(const Columns& g, const float* map, int64_t first, int count, i
         const float* source = map + (first_image * g.channels + c) * plane;
         float* panel = panels + (int64_t)start * rows;
         for (int t = 0; t < taps; t++) {
-            int gaps[TILE_COLS / LANES] = {};  // 0 where 8 columns stand side by side in the map
+            int gaps[TILE_COLS / RUN] = {};  // 0 where all columns of a run stand side by side
             for (int j = 0; j < TILE_COLS; j++) {
                 const int yy = y[j] + g.dy[t], xx = x[j] + g.dx[t];
                 const bool inside = (yy >= 0) & (yy < g.height) & (xx >= 0) & (xx < g.width);
                 at[j] = inside ? image[j] + yy * g.width + xx : -1;
             }
-            for (int h = 0; h < TILE_COLS / LANES; h++)
-                for (int e = 0; e < LANES; e++)
-                    gaps[h] |= (at[h * LANES + e] - at[h * LANES] - e) | (at[h * LANES + e] < 0);
+            for (int h = 0; h < TILE_COLS / RUN; h++)
+                for (int e = 0; e < RUN; e++) gaps[h] |= (at[h * RUN + e] - at[h * RUN] - e) | (at[h * RUN + e] < 0);
             for (int i = 0; i < channels; i++) {
                 float* row = panel + (i * taps + t) * TILE_COLS;
-                for (int h = 0; h < TILE_COLS; h += LANES) {
-                    if (!gaps[h / LANES]) std::memcpy(row + h, source + i * plane + at[h], sizeof(Lanes));
-                    else for (int j = h; j < h + LANES; j++) row[j] = *(at[j] < 0 ? &zero : source + i * plane + at[j]);
+                for (int h = 0; h < TILE_COLS; h += RUN) {
+                    if (!gaps[h / RUN]) std::memcpy(row + h, source + i * plane + at[h], RUN * sizeof(float));
+                    else for (int j = h; j < h + RUN; j++) row[j] = *(at[j] < 0 ? &zero : source + i * plane + at[j]);
                 }
             }
         }
@@ -105,11 +105,13 @@ inline void columns_product(const Columns& g, const float* map, Matrix matrix, c
                                                b + (int64_t)start * depth, TILE_COLS, LANES, depth, sum);
                     for (int i = 0; i < std::min(TILE_ROWS, target.channels - r); i++) {
                         float* row = out + (r + i) * plane;
-                        for (int h = 0; h < 2; h++) {
-                            const int j = start + h * LANES, n = std::min(LANES, count - j);
-                            if (n == LANES && place[j + LANES - 1] == place[j] + LANES - 1)
-                                std::memcpy(row + place[j], &sum[i][h], sizeof(Lanes));
-                            else for (int e = 0; e < n; e++) row[place[j + e]] = sum[i][h][e];
+                        const float* columns_of_row = reinterpret_cast<const float*>(sum[i]);
+                        for (int j = start; j < std::min(start + TILE_COLS, count); j += RUN) {
+                            const int n = std::min(RUN, count - j);
+                            const float* values = columns_of_row + j - start;
+                            if (n == RUN && place[j + RUN - 1] == place[j] + RUN - 1)
+                                std::memcpy(row + place[j], values, RUN * sizeof(float));
+                            else for (int e = 0; e < n; e++) row[place[j + e]] = values[e];
                         }
                     }
                 }
@@ -179,11 +181,15 @@ inline void convolution_grad_x(const float* grad_y, const float* weight, float* 
         }
 }
 
-// 16 rows of 16 columns -> 16 columns of 16 rows.
-inline void transpose16(const float* source, float* target) {
+// TILE_COLS rows of TILE_COLS columns -> columns of rows.
+inline void transpose_tile(const float* source, float* target) {
     for (int i = 0; i < TILE_COLS; i += 8)
         for (int j = 0; j < TILE_COLS; j += 8)
             transpose8(source + i * TILE_COLS + j, TILE_COLS, target + j * TILE_COLS + i, TILE_COLS);
+}
+
+inline void add_row(const float* row, int count, float* sums) {
+    for (int e = 0; e < count; e++) sums[e] += row[e];
 }
 
 // grad_weight (out, in, kernel_h, kernel_w) and, unless null, grad_bias (out).
@@ -218,7 +224,7 @@ inline void convolution_grad_weight(const float* x, const float* grad_y, float* 
                     pack(identity, grad_y, first, count, 0, outs, a_rows, pa);
                     pack(g, x, first, count, first_channel, channels, b_rows, pb);
                     for (int i = 0; i < (count + TILE_COLS - 1) / TILE_COLS * b_rows; i += TILE_COLS)
-                        transpose16(pb + i * TILE_COLS, pt + i * TILE_COLS);
+                        transpose_tile(pb + i * TILE_COLS, pt + i * TILE_COLS);
                     for (int k = 0; k < channels * taps; k += TILE_COLS)
                         for (int r = 0; r < outs; r += TILE_ROWS) {
                             Lanes sum[TILE_ROWS][2] = {};
@@ -227,8 +233,8 @@ inline void convolution_grad_weight(const float* x, const float* grad_y, float* 
                                                            pt + (int64_t)start * b_rows + k * TILE_COLS, TILE_COLS,
                                                            LANES, TILE_COLS, sum);
                             for (int i = 0; i < std::min(TILE_ROWS, outs - r); i++)
-                                for (int e = 0; e < std::min(TILE_COLS, channels * taps - k); e++)
-                                    sums[(int64_t)(r + i) * depth + k + e] += sum[i][e / LANES][e % LANES];
+                                add_row(reinterpret_cast<float*>(sum[i]), std::min(TILE_COLS, channels * taps - k),
+                                        sums + (int64_t)(r + i) * depth + k);
                         }
                     for (int r = 0; grad_bias && nth == 0 && r < outs; r++) {
                         Lanes sum = {};

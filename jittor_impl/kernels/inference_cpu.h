@@ -1,5 +1,5 @@
 // What follows a convolution in inference: a BatchNorm by its running statistics, folded into the convolution's weights
-// and bias, and an activation of the result while it is still in the cache.
+// and bias.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -24,14 +24,5 @@ struct Branch {
     int kernel, dilation;
     Norm norm;
 };
-
-enum Activation { IDENTITY, GELU, SILU };
-
-inline void activate(Activation activation, float* x, int64_t n) {
-    if (activation == GELU)
-        for (int64_t i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1 + std::erf(x[i] * 0.70710678f));
-    if (activation == SILU)
-        for (int64_t i = 0; i < n; i++) x[i] = x[i] / (1 + std::exp(-x[i]));
-}
 
 }  // namespace overlock

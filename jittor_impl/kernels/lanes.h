@@ -1,5 +1,6 @@
-// Eight channels side by side. A group of 8 channels of an image, (8, H*W) in memory, is worked on as (H*W, 8):
-// one vector register holds one pixel, whatever the map's size. A last group of fewer channels is filled with zeros.
+// Vectors of the processor's width: 16 floats with AVX-512, else 8. LANES channels of maps, (LANES, H*W) in memory, are
+// worked on as (H*W, LANES): one register holds one pixel, whatever the map's size. A last group of fewer channels is
+// filled with zeros.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,8 +12,28 @@
 
 namespace overlock {
 
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
 constexpr int LANES = 8;
-typedef float Lanes __attribute__((vector_size(32), aligned(32), may_alias));
+#endif
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4 * LANES), may_alias));
+
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline Lanes load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
+inline void store(Lanes lanes, float* to) { *reinterpret_cast<Unaligned*>(to) = lanes; }
+
+// term(0) + ... + term(n - 1), in eight sums side by side: an addition takes as long as the processor begins eight.
+template <typename Term>
+inline Lanes sum_of(int64_t n, Term term) {
+    Lanes sum[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int k = 0; k < 8; k++) sum[k] += term(i + k);
+    for (; i < n; i++) sum[0] += term(i);
+    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
 
 // Scratch memory of whole vectors.
 struct Scratch {
@@ -20,8 +41,8 @@ struct Scratch {
     Lanes* data = nullptr;
     void resize(int64_t vectors) {
         storage.assign(vectors * LANES + LANES, 0.f);
-        const uintptr_t address = reinterpret_cast<uintptr_t>(storage.data());
-        data = reinterpret_cast<Lanes*>((address + 31) & ~uintptr_t(31));
+        const uintptr_t address = reinterpret_cast<uintptr_t>(storage.data()), last = sizeof(Lanes) - 1;
+        data = reinterpret_cast<Lanes*>((address + last) & ~last);
     }
 };
 
@@ -49,24 +70,30 @@ inline void transpose8(const float* source, int64_t source_stride, float* target
 #endif
 }
 
-// (channels <= 8, pixels) -> (pixels, 8)
+// (channels <= LANES, pixels) -> (pixels, LANES)
 inline void to_lanes(const float* source, int channels, int64_t pixels, Lanes* target) {
-    float* out = reinterpret_cast<float*>(target);
-    int64_t i = 0;
-    if (channels == LANES)
-        for (; i + LANES <= pixels; i += LANES) transpose8(source + i, pixels, out + i * LANES, LANES);
-    for (; i < pixels; i++)
-        for (int c = 0; c < LANES; c++) out[i * LANES + c] = c < channels ? source[c * pixels + i] : 0.f;
+    for (int c = 0; c < LANES; c += 8) {
+        float* out = reinterpret_cast<float*>(target) + c;
+        const float* in = source + c * pixels;
+        int64_t i = 0;
+        if (c + 8 <= channels)
+            for (; i + 8 <= pixels; i += 8) transpose8(in + i, pixels, out + i * LANES, LANES);
+        for (; i < pixels; i++)
+            for (int e = 0; e < 8; e++) out[i * LANES + e] = c + e < channels ? in[e * pixels + i] : 0.f;
+    }
 }
 
-// (pixels, 8) -> (channels <= 8, pixels)
+// (pixels, LANES) -> (channels <= LANES, pixels)
 inline void from_lanes(const Lanes* source, int channels, int64_t pixels, float* target) {
-    const float* in = reinterpret_cast<const float*>(source);
-    int64_t i = 0;
-    if (channels == LANES)
-        for (; i + LANES <= pixels; i += LANES) transpose8(in + i * LANES, LANES, target + i, pixels);
-    for (; i < pixels; i++)
-        for (int c = 0; c < channels; c++) target[c * pixels + i] = in[i * LANES + c];
+    for (int c = 0; c < channels; c += 8) {
+        const float* in = reinterpret_cast<const float*>(source) + c;
+        float* out = target + c * pixels;
+        int64_t i = 0;
+        if (c + 8 <= channels)
+            for (; i + 8 <= pixels; i += 8) transpose8(in + i * LANES, LANES, out + i, pixels);
+        for (; i < pixels; i++)
+            for (int e = 0; e < std::min(8, channels - c); e++) out[e * pixels + i] = in[i * LANES + e];
+    }
 }
 
 }  // namespace overlock

@@ -48,7 +48,7 @@ struct Windows {
             add_products<TILE_ROWS, V>(weights + p * span, step, 1, value + (int64_t)p * W * width, width, LANES,
                                        span, sum);
         for (int t = 0; t < n; t++)
-            for (int v = 0; v < V; v++) *reinterpret_cast<Unaligned*>(out + t * width + v * LANES) = sum[t][v];
+            for (int v = 0; v < V; v++) store(sum[t][v], out + t * width + v * LANES);
     }
 
     // Row i of grad_attn: grad_attn[i, j, p*K + q] = <grad_out[i, j], value[r(i) + p, c(j) + q]>.
@@ -97,8 +97,7 @@ struct Windows {
                                        LANES, last_j - first_j + 1, sum);
         }
         for (int t = 0; t < n; t++)
-            for (int v = 0; v < V; v++)
-                *reinterpret_cast<Unaligned*>(grad + (int64_t)(x + t) * width + v * LANES) = sum[t][v];
+            for (int v = 0; v < V; v++) store(sum[t][v], grad + (int64_t)(x + t) * width + v * LANES);
     }
 
     // Floats of scratch that each of these needs.

@@ -1,5 +1,6 @@
 // BatchNorm, LayerNorm over channels and GRN on the CPU, forward and backward. Maps (B, C, P) with P = H*W,
-// contiguous float32. Variances in two passes; sums within a map in float32 lanes, over maps in double.
+// contiguous float32. Variances in two passes; sums within a map in float32 lanes, over maps in double. Include
+// activation_cpu.h before it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,23 +21,63 @@ inline double channel_mean(int B, int C, int64_t P, int c, Term term) {
     return total / ((double)B * P);
 }
 
-// y, mean (C), inv_std (C), and the running statistics after this batch (PyTorch: running variance unbiased).
-inline void batch_norm(const float* x, const float* weight, const float* bias, const float* running_mean,
-                       const float* running_var, float* y, float* mean, float* inv_std, float* new_mean, float* new_var,
-                       int B, int C, int64_t P, float eps, float momentum) {
+// y = activation of the normalised x; mean (C), inv_std (C), and the running statistics after this batch (PyTorch:
+// running variance unbiased).
+inline void batch_norm_activation(const float* x, const float* weight, const float* bias, const float* running_mean,
+                                  const float* running_var, float* y, float* mean, float* inv_std, float* new_mean,
+                                  float* new_var, int B, int C, int64_t P, float eps, float momentum, int activation) {
+    const double count = (double)B * P;
     #pragma omp parallel for schedule(static)
     for (int c = 0; c < C; c++) {
         const float m = channel_mean(B, C, P, c, [&](int64_t i) { return x[i]; });
         const double var = channel_mean(B, C, P, c, [&](int64_t i) { return (x[i] - m) * (x[i] - m); });
-        const double count = (double)B * P;
         const float inv = 1 / std::sqrt(var + eps), scale = weight[c] * inv, shift = bias[c];
         mean[c] = m;
         inv_std[c] = inv;
         new_mean[c] = running_mean[c] + (m - running_mean[c]) * momentum;
         new_var[c] = running_var[c] + ((float)(var * count / (count - 1)) - running_var[c]) * momentum;
+        with_activation(activation, [=](auto f) {
+            for (int n = 0; n < B; n++) {
+                const int64_t start = ((int64_t)n * C + c) * P;
+                for (int64_t i = start; i < start + P; i++) y[i] = f.value((x[i] - m) * scale + shift);
+            }
+        });
+    }
+}
+
+inline void batch_norm(const float* x, const float* weight, const float* bias, const float* running_mean,
+                       const float* running_var, float* y, float* mean, float* inv_std, float* new_mean, float* new_var,
+                       int B, int C, int64_t P, float eps, float momentum) {
+    batch_norm_activation(x, weight, bias, running_mean, running_var, y, mean, inv_std, new_mean, new_var, B, C, P, eps,
+                          momentum, IDENTITY);
+}
+
+inline void batch_norm_activation_backward(const float* x, const float* weight, const float* bias, const float* mean,
+                                           const float* inv_std, const float* grad_y, float* grad_x, float* grad_weight,
+                                           float* grad_bias, int B, int C, int64_t P, int activation) {
+    #pragma omp parallel for schedule(static)
+    for (int c = 0; c < C; c++) {
+        const float m = mean[c], inv = inv_std[c], scale = weight[c] * inv;
+        const float* grad = grad_y;  // of what the activation is taken of
+        if (activation != IDENTITY) {
+            const float shift = bias[c];
+            with_activation(activation, [=](auto f) {
+                for (int n = 0; n < B; n++) {
+                    const int64_t start = ((int64_t)n * C + c) * P;
+                    for (int64_t i = start; i < start + P; i++)
+                        grad_x[i] = grad_y[i] * f.derivative((x[i] - m) * scale + shift);
+                }
+            });
+            grad = grad_x;
+        }
+        const double g_mean = channel_mean(B, C, P, c, [&](int64_t i) { return grad[i]; });
+        const double gn_mean = channel_mean(B, C, P, c, [&](int64_t i) { return grad[i] * ((x[i] - m) * inv); });
+        grad_bias[c] = g_mean * B * P;
+        grad_weight[c] = gn_mean * B * P;
+        const float g0 = g_mean, g1 = gn_mean;
         for (int n = 0; n < B; n++) {
             const int64_t start = ((int64_t)n * C + c) * P;
-            for (int64_t i = start; i < start + P; i++) y[i] = (x[i] - m) * scale + shift;
+            for (int64_t i = start; i < start + P; i++) grad_x[i] = (grad[i] - g0 - ((x[i] - m) * inv) * g1) * scale;
         }
     }
 }
@@ -44,20 +85,8 @@ inline void batch_norm(const float* x, const float* weight, const float* bias, c
 inline void batch_norm_backward(const float* x, const float* weight, const float* mean, const float* inv_std,
                                 const float* grad_y, float* grad_x, float* grad_weight, float* grad_bias,
                                 int B, int C, int64_t P) {
-    #pragma omp parallel for schedule(static)
-    for (int c = 0; c < C; c++) {
-        const float m = mean[c], inv = inv_std[c], scale = weight[c] * inv;
-        const double g_mean = channel_mean(B, C, P, c, [&](int64_t i) { return grad_y[i]; });
-        const double gn_mean = channel_mean(B, C, P, c, [&](int64_t i) { return grad_y[i] * ((x[i] - m) * inv); });
-        grad_bias[c] = g_mean * B * P;
-        grad_weight[c] = gn_mean * B * P;
-        const float g0 = g_mean, g1 = gn_mean;
-        for (int n = 0; n < B; n++) {
-            const int64_t start = ((int64_t)n * C + c) * P;
-            for (int64_t i = start; i < start + P; i++)
-                grad_x[i] = (grad_y[i] - g0 - ((x[i] - m) * inv) * g1) * scale;
-        }
-    }
+    batch_norm_activation_backward(x, weight, nullptr, mean, inv_std, grad_y, grad_x, grad_weight, grad_bias, B, C, P,
+                                   IDENTITY);
 }
 
 // LayerNorm of each pixel over its channels. inv_std and mean: (B, P).

@@ -3,16 +3,14 @@
 
 namespace overlock {
 
-typedef float Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
-
-// sum[r][v] += a(r, k) * b(k, v) over k < depth. Element a(r, k) is a[r * a_row + k * a_step]; b(k, v) are the 8 floats
-// at b + k * b_step + v * b_vector. Six rows of two vectors keep both multiply-add units busy and fit 16 registers.
+// sum[r][v] += a(r, k) * b(k, v) over k < depth. Element a(r, k) is a[r * a_row + k * a_step]; b(k, v) are the LANES
+// floats at b + k * b_step + v * b_vector. Six rows of two vectors keep both multiply-add units busy and fit 16 registers.
 template <int R, int V>
 inline void add_products(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
                          int64_t b_vector, int depth, Lanes (&sum)[R][V]) {
     for (int k = 0; k < depth; k++, a += a_step, b += b_step) {
         Lanes column[V];
-        for (int v = 0; v < V; v++) column[v] = *reinterpret_cast<const Unaligned*>(b + v * b_vector);
+        for (int v = 0; v < V; v++) column[v] = load(b + v * b_vector);
         for (int r = 0; r < R; r++)
             for (int v = 0; v < V; v++) sum[r][v] += a[r * a_row] * column[v];
     }
@@ -27,12 +25,12 @@ inline void product_tile(const float* a, int64_t a_row, int64_t a_step, const fl
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) {
             sum[r][v] = Lanes{};
-            if (add) sum[r][v] = *reinterpret_cast<Unaligned*>(out + r * out_step + v * LANES);
-            if (start) sum[r][v] += *reinterpret_cast<const Unaligned*>(start + v * LANES);
+            if (add) sum[r][v] = load(out + r * out_step + v * LANES);
+            if (start) sum[r][v] += load(start + v * LANES);
         }
     add_products<R, V>(a, a_row, a_step, b, b_step, LANES, depth, sum);
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) *reinterpret_cast<Unaligned*>(out + r * out_step + v * LANES) = sum[r][v];
+        for (int v = 0; v < V; v++) store(sum[r][v], out + r * out_step + v * LANES);
 }
 
 template <int R>
@@ -46,7 +44,7 @@ inline void product_rows(const float* a, int64_t a_row, int64_t a_step, const fl
 }
 
 // out (rows, columns) = a (rows, depth) * b (depth, columns), plus the row `start` unless null, plus `out` itself if
-// add. b and out have rows of whole vectors, b_step and out_step floats apart; `columns` is a multiple of 8.
+// add. b and out have rows of whole vectors, b_step and out_step floats apart; `columns` is a multiple of LANES.
 inline void product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, const float* start,
                     float* out, int64_t out_step, int rows, int depth, int columns, bool add = false) {
     int r = 0;
@@ -74,14 +72,14 @@ inline void pad_rows(const float* source, int64_t source_step, int rows, int col
 // (rows, columns) -> its transpose; rows `source_step` and `target_step` floats apart.
 inline void transpose(const float* source, int64_t source_step, int rows, int columns,
                       float* target, int64_t target_step) {
-    for (int c = 0; c < columns; c += LANES)
-        for (int r = 0; r < rows; r += LANES) {
+    for (int c = 0; c < columns; c += 8)
+        for (int r = 0; r < rows; r += 8) {
             const float* from = source + r * source_step + c;
             float* to = target + c * target_step + r;
-            if (c + LANES <= columns && r + LANES <= rows) transpose8(from, source_step, to, target_step);
+            if (c + 8 <= columns && r + 8 <= rows) transpose8(from, source_step, to, target_step);
             else
-                for (int i = 0; i < std::min(LANES, rows - r); i++)
-                    for (int j = 0; j < std::min(LANES, columns - c); j++)
+                for (int i = 0; i < std::min(8, rows - r); i++)
+                    for (int j = 0; j < std::min(8, columns - c); j++)
                         to[j * target_step + i] = from[i * source_step + j];
         }
 }
