@@ -1,9 +1,9 @@
 """The layers that OverLoCK is built of. Shapes are (B, C, H, W) unless a comment says otherwise."""
 
 import numpy as np
-from .aligned.functions import GRNFunction, LayerNormFunction, convolve
-from .aligned.launch import cast
-from .aligned.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, sum_of_branches
+from .aligned.functions import GRNFunction, LayerNormFunction, LayerScaleFunction, convolve
+from .aligned.launch import cast, has_kernel
+from .aligned.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, squeeze_excite, sum_of_branches
 from .aligned.nn import FusedSequential as Sequential
 from .aligned.start import jt, nn
 
@@ -61,7 +61,7 @@ class SEModule(nn.Module):
         )
 
     def execute(self, x):
-        return x * self.proj(x)
+        return squeeze_excite(x, self.proj)
 
 
 class LayerScale(nn.Module):
@@ -76,6 +76,8 @@ class LayerScale(nn.Module):
         self.bias = jt.zeros(dim)
 
     def execute(self, x):
+        if has_kernel(LayerScaleFunction, x, self.weight):
+            return LayerScaleFunction.apply(x, self.weight, self.bias)
         x = x * self.weight.reshape(1, -1, 1, 1)  # (C, 1, 1, 1) -> (1, C, 1, 1)
         return x + self.bias.reshape(1, -1, 1, 1)  # (C,) -> (1, C, 1, 1)
 

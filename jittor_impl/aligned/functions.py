@@ -593,6 +593,12 @@ def constant(array):
 
 
 @cache
+def one():
+    """The number 1, which no step has to upload anew."""
+    return constant(np.ones((), np.int32))
+
+
+@cache
 def pooling_matrix(size, out_size):
     """(out_size, size): output i is the mean of a window of the inputs.
 
@@ -702,6 +708,51 @@ class BatchNormFunction(jt.Function):
     def grad(self, grad_y, *_):
         grads = norm_backward(f"{self.kernel}_backward", self.saved, grad_y, **self.numbers)
         return *grads, None, None, None, None, None
+
+
+class SqueezeExciteFunction(jt.Function):
+    """x * sigmoid(conv2(gelu(conv1(mean of x over the map)))), on the CPU.
+
+    x (B, C, H, W); weight1 (inner, C, 1, 1), bias1 (inner,), weight2 (C, inner, 1, 1), bias2 (C,).
+    """
+
+    headers = ("activation_cpu.h", "channel_cpu.h"), ()
+
+    def execute(self, x, weight1, bias1, weight2, bias2):
+        check_channels("SEModule", x, weight1.shape[1])
+        (B, C, H, W), inner = x.shape, weight1.shape[0]
+        self.sizes = {"B": B, "C": C, "P": H * W, "inner": inner}
+        y, *saved = self.run(
+            "squeeze_excite",
+            [x, weight1, bias1, weight2, bias2],
+            [x, *(((B, n), "float32") for n in (C, inner, C))],
+        )
+        self.saved = x, weight1, weight2, *saved
+        self.like = x, weight1, bias1, weight2, bias2
+        return y
+
+    def grad(self, grad_y):
+        return self.run("squeeze_excite_backward", [*self.saved, grad_y], self.like)
+
+    def run(self, kernel, inputs, outputs):
+        return launch(kernel, self.headers, inputs, outputs, self.sizes, as_struct=True)
+
+
+class LayerScaleFunction(jt.Function):
+    """x (B, C, H, W) * weight + bias, by channel, on the CPU; weight (C, 1, 1, 1), bias (C,)."""
+
+    headers = SqueezeExciteFunction.headers
+
+    def execute(self, x, weight, bias):
+        check_channels("LayerScale", x, weight.numel(), bias.numel())
+        self.saved, self.like = (x, weight), (x, weight, bias)
+        B, C, H, W = x.shape
+        self.sizes = {"B": B, "C": C, "P": H * W}
+        return launch("layer_scale", self.headers, [x, weight, bias], [x], self.sizes)[0]
+
+    def grad(self, grad_y):
+        inputs = [*self.saved, grad_y]
+        return launch("layer_scale_backward", self.headers, inputs, self.like, self.sizes)
 
 
 class LayerNormFunction(jt.Function):

@@ -14,6 +14,7 @@ from .functions import (
     ACTIVATIONS,
     ActivationFunction,
     BatchNormFunction,
+    SqueezeExciteFunction,
     adaptive_avg_pool2d,
     convolve,
     fused_convolution,
@@ -21,6 +22,7 @@ from .functions import (
     has_merged_kernel,
     has_reparam_kernel,
     merged_depthwise,
+    one,
     reparam,
     without_gradient,
 )
@@ -107,7 +109,7 @@ class BatchNorm2d(nn.Module):
         """Count a batch, after which the running statistics are these."""
         self.running_mean.update(running_mean)
         self.running_var.update(running_var)
-        self.num_batches_tracked.update(self.num_batches_tracked + 1)
+        self.num_batches_tracked.update(self.num_batches_tracked + one())
 
 
 def infers(module):
@@ -166,6 +168,19 @@ def normalizes_and_activates(layers):
     # A subclass of BatchNorm2d may compute something else.
     plain = type(norm) is BatchNorm2d and norm.training and norm.weight.dtype == "float32"
     return plain and type(activation) in ACTIVATIONS and has_kernel(ActivationFunction)
+
+
+def squeeze_excite(x, gate):
+    """x * gate(x); gate: a Sequential of pooling, Conv2d, GELU, Conv2d and Sigmoid.
+
+    One kernel where there is one.
+    """
+    layers = list(gate.layers.values())
+    _, conv1, _, conv2, _ = layers
+    variables = conv1.weight, conv1.bias, conv2.weight, conv2.bias
+    if any(map(is_hooked, [gate, *layers])) or not has_kernel(SqueezeExciteFunction, x, *variables):
+        return x * gate(x)
+    return SqueezeExciteFunction.apply(x, *variables)
 
 
 def sum_of_branches(module, x, branches):

@@ -19,42 +19,151 @@ struct Columns {
 constexpr int TILE_COLS = 2 * LANES;
 constexpr int RUN = 8;  // columns that are copied at once where they stand side by side in the map
 
-// Columns first to first + count, channels c to c + channels, as panels of TILE_COLS columns: panel, row k, column.
-// A panel has `rows` rows, as many as channels * taps or more. Zeros fill the last panel.
-inline void pack(const Columns& g, const float* map, int64_t first, int count, int c, int channels, int rows,
-                 float* panels) {
-    static const float zero = 0;
-    const int taps = g.taps(), pixels = g.rows * g.cols;
-    const int64_t plane = (int64_t)g.height * g.width;
-    for (int start = 0; start < count; start += TILE_COLS) {
-        int image[TILE_COLS], y[TILE_COLS], x[TILE_COLS], at[TILE_COLS];
-        const int64_t first_image = (first + start) / pixels;
-        for (int j = 0, pixel = (first + start) % pixels, n = 0; j < TILE_COLS; j++) {
-            image[j] = n * g.channels * plane;
-            y[j] = start + j < count ? pixel / g.cols * g.step : -(1 << 30);  // outside, whatever the tap
-            x[j] = pixel % g.cols * g.step;
-            if (++pixel == pixels) { pixel = 0; n++; }
+// The maps that columns look at, each in a frame of zeros, so that no tap needs to ask what is inside; where the step is
+// more than 1, the pixels that one tap can reach stand side by side. Memory of one thread, which holds some images.
+class Frames {
+  public:
+    // images: how many are looked at at once.
+    Frames(const Columns& g, const float* map, int images)
+        : g(g), map(map), slots(images), top(-*std::min_element(g.dy.begin(), g.dy.end())),
+          left(-*std::min_element(g.dx.begin(), g.dx.end())) {
+        if (top < 0) top = 0;
+        if (left < 0) left = 0;
+        const int below = *std::max_element(g.dy.begin(), g.dy.end()) + top,
+                  right = *std::max_element(g.dx.begin(), g.dx.end()) + left;
+        height = below / g.step + g.rows;
+        width = right / g.step + g.cols;
+        whole = g.step == 1 && height == g.height && width == g.width;
+        if (whole && (top || left)) whole = false;
+        for (int t = 0; t < g.taps(); t++) {
+            const int y = g.dy[t] + top, x = g.dx[t] + left;
+            offset.push_back(((y % g.step * g.step + x % g.step) * height + y / g.step) * width + x / g.step);
         }
-        const float* source = map + (first_image * g.channels + c) * plane;
-        float* panel = panels + (int64_t)start * rows;
-        for (int t = 0; t < taps; t++) {
-            int gaps[TILE_COLS / RUN] = {};  // 0 where all columns of a run stand side by side
-            for (int j = 0; j < TILE_COLS; j++) {
-                const int yy = y[j] + g.dy[t], xx = x[j] + g.dx[t];
-                const bool inside = (yy >= 0) & (yy < g.height) & (xx >= 0) & (xx < g.width);
-                at[j] = inside ? image[j] + yy * g.width + xx : -1;
-            }
-            for (int h = 0; h < TILE_COLS / RUN; h++)
-                for (int e = 0; e < RUN; e++) gaps[h] |= (at[h * RUN + e] - at[h * RUN] - e) | (at[h * RUN + e] < 0);
-            for (int i = 0; i < channels; i++) {
-                float* row = panel + (i * taps + t) * TILE_COLS;
-                for (int h = 0; h < TILE_COLS; h += RUN) {
-                    if (!gaps[h / RUN]) std::memcpy(row + h, source + i * plane + at[h], RUN * sizeof(float));
-                    else for (int j = h; j < h + RUN; j++) row[j] = *(at[j] < 0 ? &zero : source + i * plane + at[j]);
+        plane = (int64_t)g.step * g.step * height * width;
+        set_channels(0, g.channels);
+    }
+
+    void set_channels(int first, int count) {
+        first_channel = first;
+        channels = count;
+        if (whole) return;
+        held.assign(slots, -1);
+        storage.resize((int64_t)slots * count * plane);
+    }
+
+    // From `data`: the frame of an image's first channel.
+    int64_t image(int64_t n) {
+        if (whole) return (n * g.channels + first_channel) * plane;
+        const int slot = n % slots;
+        if (held[slot] != n) fill(n, storage.data() + (int64_t)slot * channels * plane);
+        held[slot] = n;
+        return (int64_t)slot * channels * plane;
+    }
+
+    const float* data() const { return whole ? map : storage.data(); }
+    bool is_whole() const { return whole; }
+
+    int64_t plane;  // floats from one channel to the next
+    int width, channels;
+    std::vector<int> offset;  // of each tap, in a channel's frame
+
+  private:
+    void fill(int64_t n, float* frame) const {
+        for (int c = 0; c < channels; c++) {
+            const float* source = map + (n * g.channels + first_channel + c) * g.height * g.width;
+            for (int py = 0; py < g.step; py++)
+                for (int px = 0; px < g.step; px++) {
+                    const int first = std::min(width, std::max(0, (left - px + g.step - 1) / g.step));
+                    const int end = std::max(first, std::min(width, (g.width - 1 + left - px + g.step) / g.step));
+                    for (int r = 0; r < height; r++, frame += width) {
+                        const int y = r * g.step + py - top;
+                        if (y < 0 || y >= g.height) {
+                            std::fill_n(frame, width, 0.f);
+                            continue;
+                        }
+                        const float* row = source + (int64_t)y * g.width + px - left;
+                        std::fill_n(frame, first, 0.f);
+                        if (g.step == 1) std::copy(row + first, row + end, frame + first);
+                        else if (g.step == 2) for (int q = first; q < end; q++) frame[q] = row[q * 2];
+                        else for (int q = first; q < end; q++) frame[q] = row[q * g.step];
+                        std::fill(frame + end, frame + width, 0.f);
+                    }
                 }
-            }
         }
     }
+
+    const Columns& g;
+    const float* map;
+    const int slots;
+    int top, left, height, first_channel = 0;
+    bool whole;  // no tap leaves the map: the map itself will do
+    std::vector<float> storage;
+    std::vector<int64_t> held;
+};
+
+// Column (image, u, v); a division for each of them would take longer than its share of the product.
+struct ColumnPlace {
+    const int rows, cols;
+    int64_t image;
+    int u, v;
+
+    ColumnPlace(const Columns& g, int64_t column)
+        : rows(g.rows), cols(g.cols), image(column / (rows * cols)), u(column % (rows * cols) / cols),
+          v(column % cols) {}
+
+    void next() {
+        if (++v < cols) return;
+        v = 0;
+        if (++u < rows) return;
+        u = 0;
+        image++;
+    }
+};
+
+// How many images `count` columns may touch.
+inline int images_of(const Columns& g, int64_t count) { return (count - 2) / (g.rows * g.cols) + 2; }
+
+// Columns first to first + count of the frames' channels, as panels of TILE_COLS columns: panel, row k, column.
+// A panel has `rows` rows, as many as channels * taps or more. Zeros fill the last panel.
+inline void pack(const Columns& g, Frames& frames, int64_t first, int count, int rows, float* panels) {
+    const int taps = g.taps();
+    ColumnPlace column(g, first);
+    int64_t image = -1, frame = 0;
+    for (int start = 0; start < count; start += TILE_COLS) {
+        int64_t at[TILE_COLS];
+        for (int j = 0; j < TILE_COLS; j++) {
+            at[j] = at[0];
+            if (start + j >= count) continue;
+            if (column.image != image) frame = frames.image(image = column.image);
+            at[j] = frame + column.u * frames.width + column.v;
+            column.next();
+        }
+        // Of each vector and each of its runs: whether its columns stand side by side.
+        bool together[2], run_together[TILE_COLS / RUN];
+        for (int h = 0; h < TILE_COLS / RUN; h++) run_together[h] = at[h * RUN + RUN - 1] == at[h * RUN] + RUN - 1;
+        for (int h = 0; h < 2; h++) together[h] = at[h * LANES + LANES - 1] == at[h * LANES] + LANES - 1;
+        float* row = panels + (int64_t)start * rows;
+        for (int c = 0; c < frames.channels; c++)
+            for (int t = 0; t < taps; t++, row += TILE_COLS) {
+                const float* source = frames.data() + c * frames.plane + frames.offset[t];
+                for (int h = 0; h < 2; h++) {
+                    if (together[h]) {
+                        store(load(source + at[h * LANES]), row + h * LANES);
+                        continue;
+                    }
+                    for (int j = h * LANES; j < (h + 1) * LANES; j += RUN) {
+                        if (run_together[j / RUN]) std::memcpy(row + j, source + at[j], RUN * sizeof(float));
+                        else for (int e = j; e < j + RUN; e++) row[e] = source[at[e]];
+                    }
+                }
+                for (int j = count - start; j < TILE_COLS; j++) row[j] = 0;
+            }
+    }
+}
+
+inline void store_tile(const Lanes (&sum)[TILE_ROWS][2], float (&tile)[TILE_ROWS][TILE_COLS]) {
+    for (int i = 0; i < TILE_ROWS; i++)
+        for (int h = 0; h < 2; h++) store(sum[i][h], tile[i] + h * LANES);
 }
 
 // Where column (image, u, v) of a product goes: pixel (u * step + y, v * step + x) of a map.
@@ -62,8 +171,8 @@ struct Target {
     int channels, height, width, step, y, x;
 };
 
-// target = activation(bias + matrix * columns). matrix(row, k): the product's other operand, row = channel of the
-// target. An activation is for targets with step 1.
+// target = activation(bias + matrix * columns). matrix(row, channel, tap): the product's other operand, row = channel of
+// the target. An activation is for targets with step 1.
 template <typename Matrix>
 inline void columns_product(const Columns& g, const float* map, Matrix matrix, const float* bias,
                             const Target& target, float* out, Activation activation = IDENTITY) {
@@ -72,9 +181,12 @@ inline void columns_product(const Columns& g, const float* map, Matrix matrix, c
     Scratch packed;  // row panel, k, 6 rows
     packed.resize(((int64_t)row_panels * depth * TILE_ROWS + LANES - 1) / LANES);
     float* a = reinterpret_cast<float*>(packed.data);
-    for (int r = 0; r < target.channels; r++)
-        for (int k = 0; k < depth; k++)
-            a[((int64_t)(r / TILE_ROWS) * depth + k) * TILE_ROWS + r % TILE_ROWS] = matrix(r, k);
+    #pragma omp parallel for schedule(static)
+    for (int panel = 0; panel < row_panels; panel++)
+        for (int c = 0; c < g.channels; c++)
+            for (int t = 0; t < g.taps(); t++)
+                for (int r = panel * TILE_ROWS; r < std::min((panel + 1) * TILE_ROWS, target.channels); r++)
+                    a[((int64_t)panel * depth + c * g.taps() + t) * TILE_ROWS + r % TILE_ROWS] = matrix(r, c, t);
     // A block of columns stays in the second-level cache; there are some blocks for each thread.
     const int64_t block =
         std::max<int64_t>(1, std::min<int64_t>({65536 / std::max(1, depth), 256, columns / 32}) / TILE_COLS)
@@ -84,42 +196,42 @@ inline void columns_product(const Columns& g, const float* map, Matrix matrix, c
     {
         Scratch panels;
         panels.resize(block * depth / LANES);
+        Frames frames(g, map, images_of(g, block));
         std::vector<int64_t> place(block);
         #pragma omp for schedule(static)
         for (int64_t nth = 0; nth < blocks; nth++) {
             const int64_t first = nth * block;
             const int count = std::min(block, columns - first);
             float* b = reinterpret_cast<float*>(panels.data);
-            pack(g, map, first, count, 0, g.channels, depth, b);
-            for (int j = 0; j < count; j++) {
-                const int64_t image = (first + j) / (g.rows * g.cols), pixel = (first + j) % (g.rows * g.cols);
-                place[j] = image * target.channels * plane + (pixel / g.cols * target.step + target.y) * target.width
-                           + pixel % g.cols * target.step + target.x;
-            }
-            for (int r = 0; r < target.channels; r += TILE_ROWS) {
-                for (int start = 0; start < count; start += TILE_COLS) {
+            pack(g, frames, first, count, depth, b);
+            ColumnPlace column(g, first);
+            for (int j = 0; j < count; j++, column.next())
+                place[j] = column.image * target.channels * plane
+                           + (int64_t)(column.u * target.step + target.y) * target.width
+                           + column.v * target.step + target.x;
+            for (int start = 0; start < count; start += TILE_COLS)  // a panel stays in the first-level cache
+                for (int r = 0; r < target.channels; r += TILE_ROWS) {
                     Lanes sum[TILE_ROWS][2];
                     for (int i = 0; i < TILE_ROWS; i++)
                         sum[i][0] = sum[i][1] = Lanes{} + (bias && r + i < target.channels ? bias[r + i] : 0.f);
                     add_products<TILE_ROWS, 2>(a + (int64_t)r * depth, 1, TILE_ROWS,
                                                b + (int64_t)start * depth, TILE_COLS, LANES, depth, sum);
+                    float tile[TILE_ROWS][TILE_COLS];
+                    store_tile(sum, tile);
                     for (int i = 0; i < std::min(TILE_ROWS, target.channels - r); i++) {
                         float* row = out + (r + i) * plane;
-                        const float* columns_of_row = reinterpret_cast<const float*>(sum[i]);
                         for (int j = start; j < std::min(start + TILE_COLS, count); j += RUN) {
                             const int n = std::min(RUN, count - j);
-                            const float* values = columns_of_row + j - start;
+                            const float* values = tile[i] + j - start;
                             if (n == RUN && place[j + RUN - 1] == place[j] + RUN - 1)
                                 std::memcpy(row + place[j], values, RUN * sizeof(float));
                             else for (int e = 0; e < n; e++) row[place[j + e]] = values[e];
                         }
                     }
                 }
-                for (int j = 0, n; activation != IDENTITY && j < count; j += n) {  // n columns of one image
-                    n = std::min<int64_t>(count - j, plane - (first + j) % plane);
-                    for (int i = r; i < std::min(r + TILE_ROWS, target.channels); i++)
-                        activate(activation, out + i * plane + place[j], n);
-                }
+            for (int j = 0, n; activation != IDENTITY && j < count; j += n) {  // n columns of one image
+                n = std::min<int64_t>(count - j, plane - (first + j) % plane);
+                for (int i = 0; i < target.channels; i++) activate(activation, out + i * plane + place[j], n);
             }
         }
     }
@@ -154,8 +266,9 @@ inline void convolution(const float* x, const float* weight, const float* bias, 
         scale[r] = norm.scale(r);
         shift[r] = norm.shift(r, bias);
     }
-    columns_product(g, x, [&](int r, int k) { return weight[(int64_t)r * depth + k] * scale[r]; }, shift.data(),
-                    {c.out_channels, c.out_height(), c.out_width(), 1, 0, 0}, y, activation);
+    columns_product(g, x, [&](int r, int channel, int t) {
+        return weight[(int64_t)r * depth + channel * g.taps() + t] * scale[r];
+    }, shift.data(), {c.out_channels, c.out_height(), c.out_width(), 1, 0, 0}, y, activation);
 }
 
 // Input pixels (y, x) of one remainder by the stride are reached by the same taps: one product for each remainder.
@@ -174,9 +287,9 @@ inline void convolution_grad_x(const float* grad_y, const float* weight, float* 
                     g.dy.push_back(dy / s);
                     g.dx.push_back(dx / s);
                 }
-            const int taps = g.taps(), all = c.kernel_h * c.kernel_w;
-            columns_product(g, grad_y, [&](int r, int k) {
-                return weight[((int64_t)(k / taps) * c.in_channels + r) * all + tap[k % taps]];
+            const int all = c.kernel_h * c.kernel_w;
+            columns_product(g, grad_y, [&](int r, int channel, int t) {
+                return weight[((int64_t)channel * c.in_channels + r) * all + tap[t]];
             }, nullptr, {c.in_channels, c.height, c.width, s, y, x}, grad_x);
         }
 }
@@ -211,29 +324,32 @@ inline void convolution_grad_weight(const float* x, const float* grad_y, float* 
         a.resize((int64_t)block * a_rows / LANES);
         b.resize((int64_t)block * b_rows / LANES);
         transposed.resize((int64_t)block * b_rows / LANES);
+        Frames of_x(g, x, images_of(g, block)), of_grad(identity, grad_y, images_of(g, block));
         #pragma omp for collapse(2) schedule(static)
         for (int chunk = 0; chunk < chunks; chunk++)
             for (int nth = 0; nth < groups; nth++) {
                 const int first_channel = nth * group, channels = std::min(group, c.in_channels - first_channel);
                 float* sums = partial.data() + chunk * size + first_channel * taps;
+                of_x.set_channels(first_channel, channels);
                 const int64_t end = columns * (chunk + 1) / chunks;
                 for (int64_t first = columns * chunk / chunks; first < end; first += block) {
                     const int count = std::min<int64_t>(block, end - first);
                     float *pa = reinterpret_cast<float*>(a.data), *pb = reinterpret_cast<float*>(b.data);
                     float* pt = reinterpret_cast<float*>(transposed.data);
-                    pack(identity, grad_y, first, count, 0, outs, a_rows, pa);
-                    pack(g, x, first, count, first_channel, channels, b_rows, pb);
+                    pack(identity, of_grad, first, count, a_rows, pa);
+                    pack(g, of_x, first, count, b_rows, pb);
                     for (int i = 0; i < (count + TILE_COLS - 1) / TILE_COLS * b_rows; i += TILE_COLS)
                         transpose_tile(pb + i * TILE_COLS, pt + i * TILE_COLS);
                     for (int k = 0; k < channels * taps; k += TILE_COLS)
                         for (int r = 0; r < outs; r += TILE_ROWS) {
                             Lanes sum[TILE_ROWS][2] = {};
-                            for (int start = 0; start < count; start += TILE_COLS)
-                                add_products<TILE_ROWS, 2>(pa + (int64_t)start * a_rows + r * TILE_COLS, TILE_COLS, 1,
-                                                           pt + (int64_t)start * b_rows + k * TILE_COLS, TILE_COLS,
-                                                           LANES, TILE_COLS, sum);
+                            add_products<TILE_ROWS, 2>(pa + r * TILE_COLS, TILE_COLS, 1, pt + k * TILE_COLS, TILE_COLS,
+                                                       LANES, TILE_COLS, sum, (count + TILE_COLS - 1) / TILE_COLS,
+                                                       a_rows * TILE_COLS, b_rows * TILE_COLS);
+                            float tile[TILE_ROWS][TILE_COLS];
+                            store_tile(sum, tile);
                             for (int i = 0; i < std::min(TILE_ROWS, outs - r); i++)
-                                add_row(reinterpret_cast<float*>(sum[i]), std::min(TILE_COLS, channels * taps - k),
+                                add_row(tile[i], std::min(TILE_COLS, channels * taps - k),
                                         sums + (int64_t)(r + i) * depth + k);
                         }
                     for (int r = 0; grad_bias && nth == 0 && r < outs; r++) {

@@ -24,6 +24,12 @@ typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 inline Lanes load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 inline void store(Lanes lanes, float* to) { *reinterpret_cast<Unaligned*>(to) = lanes; }
 
+inline void keep_in_register(Lanes& lanes) {
+#ifdef __AVX512F__
+    asm("" : "+v"(lanes));
+#endif
+}
+
 // term(0) + ... + term(n - 1), in eight sums side by side: an addition takes as long as the processor begins eight.
 template <typename Term>
 inline Lanes sum_of(int64_t n, Term term) {

@@ -4,15 +4,23 @@
 namespace overlock {
 
 // sum[r][v] += a(r, k) * b(k, v) over k < depth. Element a(r, k) is a[r * a_row + k * a_step]; b(k, v) are the LANES
-// floats at b + k * b_step + v * b_vector. Six rows of two vectors keep both multiply-add units busy and fit 16 registers.
+// floats at b + k * b_step + v * b_vector. Then the same for further `parts`, a_part and b_part floats on.
+// `sum` is an array that nothing points to: one that floats might be part of would be stored at every step. Six rows of two vectors keep both multiply-add units busy and fit 16 registers.
 template <int R, int V>
 inline void add_products(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
-                         int64_t b_vector, int depth, Lanes (&sum)[R][V]) {
-    for (int k = 0; k < depth; k++, a += a_step, b += b_step) {
-        Lanes column[V];
-        for (int v = 0; v < V; v++) column[v] = load(b + v * b_vector);
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) sum[r][v] += a[r * a_row] * column[v];
+                         int64_t b_vector, int depth, Lanes (&sum)[R][V], int parts = 1, int64_t a_part = 0,
+                         int64_t b_part = 0) {
+    for (int part = 0; part < parts; part++) {
+        const float *a_at = a + part * a_part, *b_at = b + part * b_part;
+        for (int k = 0; k < depth; k++, a_at += a_step, b_at += b_step) {
+            Lanes column[V];
+            for (int v = 0; v < V; v++) column[v] = load(b_at + v * b_vector);
+            for (int r = 0; r < R; r++) {
+                Lanes factor = Lanes{} + a_at[r * a_row];
+                if (V > 1) keep_in_register(factor);  // else it is loaded once more for each of V
+                for (int v = 0; v < V; v++) sum[r][v] += factor * column[v];
+            }
+        }
     }
 }
 
