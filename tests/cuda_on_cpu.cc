@@ -5,6 +5,7 @@
 
 #include "neighbourhood.h"
 #include "lanes.h"
+#include "activation_cpu.h"
 #include "inference_cpu.h"
 #include "product.h"
 #include "na2d_av_cpu.h"

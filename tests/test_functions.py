@@ -5,9 +5,11 @@ in test_aligned_nn.py, na2d_av in test_ops.py.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,18 @@ from under_test import DEVICE, cpu_only
 from jittor_impl import contmix, ops
 from jittor_impl.aligned import functions
 from jittor_impl.aligned.foreach import clip_grad_norm, lerp
-from jittor_impl.aligned.functions import GRNFunction, convolve
+from jittor_impl.aligned.functions import ActivationFunction, GRNFunction, convolve
 from jittor_impl.aligned.nn import BatchNorm2d, Conv2d, FusedSequential
 from jittor_impl.aligned.optim import AdamW
 from jittor_impl.aligned.start import jt, nn
-from jittor_impl.layers import GRN, DilatedReparamBlock, LayerNorm2d, ResDWConv
+from jittor_impl.layers import (
+    GRN,
+    DilatedReparamBlock,
+    LayerNorm2d,
+    LayerScale,
+    ResDWConv,
+    SEModule,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -292,8 +301,73 @@ def test_convolutions_apply_the_norm_and_the_activation_after_them(layers):
     assert np.abs(jt.grad(sequential(x).sum(), [x])[0].numpy()).max() > 0
 
 
-def test_nothing_is_fused_over_a_hook():
-    """In inference a hook on a layer fires, with that layer's own output, and the result stays."""
+def run_training(module, x, grad_y):
+    """y of `module` in training, the gradients of sum(y * grad_y), and the running statistics."""
+    module.train()
+    x, parameters = jt.array(x), [p for p in module.parameters() if not p.is_stop_grad()]
+    y = module(x)
+    grads = jt.grad((y * jt.array(grad_y)).sum(), [x, *parameters])
+    statistics = [v for name, v in module.state_dict().items() if "running" in name]
+    return [v.numpy() for v in (y, *grads, *statistics)]
+
+
+@cpu_only("a GPU fuses none of them in training")
+@pytest.mark.parametrize("shape", [(2, 9, 9), (1, 5, 6), (5, 4, 4), (3, 17, 3)])
+@pytest.mark.parametrize(
+    "channels, make",
+    [
+        (24, lambda: DilatedReparamBlock(24, 13, deploy=False)),
+        (7, lambda: DilatedReparamBlock(7, 7, deploy=False)),
+        (24, lambda: SEModule(24)),
+        (9, lambda: FusedSequential(BatchNorm2d(9), nn.GELU())),
+        (9, lambda: FusedSequential(BatchNorm2d(9), nn.SiLU(), nn.GELU())),
+        (9, lambda: FusedSequential(LayerScale(9, 0.5), nn.SiLU())),
+    ],
+)
+def test_fused_layers_train_as_single_ones(channels, make, shape):
+    """Values, gradients and running statistics."""
+    generator = np.random.default_rng(0)
+    module, plain = make(), make()
+    for var, other in zip(module.state_dict().values(), plain.state_dict().values()):
+        if var.dtype == "float32":
+            var.update(jt.array(generator.uniform(-1, 1, var.shape).astype(np.float32)))
+            other.update(var)
+    x = (generator.standard_normal((shape[0], channels, *shape[1:])) + 2).astype(np.float32)
+    grad_y = generator.standard_normal(x.shape).astype(np.float32)
+    for layer in plain.modules():
+        layer.register_forward_hook(lambda *_: None)  # nothing is fused over a hook
+    actual, expected = (run_training(m, x, grad_y) for m in (module, plain))
+    # Where a gradient is a sum that cancels, its rounding is that of the other gradients.
+    least = 0.01 * max(np.abs(e).max() for e in expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert np.abs(a - e).max() < 3e-5 * max(np.abs(e).max(), least)
+
+
+@cpu_only("a CPU's kernel")
+def test_activations():
+    """GELU and SiLU and their derivatives against float64, from the tails to around 0."""
+    x = np.concatenate([np.linspace(-30, 30, 10007), np.geomspace(1e-20, 1e-3, 99)])
+    x = x.astype(np.float32)
+    z = x.astype(np.float64)
+    normal = np.vectorize(math.erfc)(-z / 2**0.5) / 2
+    sigmoid = 1 / (1 + np.exp(-z))
+    expected = {
+        nn.GELU: (z * normal, normal + z * np.exp(-z * z / 2) / (2 * np.pi) ** 0.5),
+        nn.SiLU: (z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))),
+    }
+    for kind, (value, derivative) in expected.items():
+        var = jt.array(x)
+        y = ActivationFunction.apply(var, kind())
+        limit = 3e-7 * np.maximum(np.abs(z), 1)
+        assert (np.abs(y.numpy() - value) < limit).all()
+        assert (np.abs(jt.grad(y.sum(), var).numpy() - derivative) < limit).all()
+        small = np.abs(x) < 1e-3
+        assert np.allclose(y.numpy()[small], value[small], rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_nothing_is_fused_over_a_hook(training):
+    """A hook on a layer fires, with that layer's own output, and the result stays."""
     generator = np.random.default_rng(0)
     block, dim = DilatedReparamBlock(5, 7, deploy=False), 5
     layers = [Conv2d(5, 5, 3, padding=1), BatchNorm2d(5), nn.GELU(), block]
@@ -301,9 +375,9 @@ def test_nothing_is_fused_over_a_hook():
     sequential = FusedSequential(*layers)
     for var in sequential.state_dict().values():
         var.update(jt.array(generator.uniform(0.5, 1.5, var.shape).astype(np.float32)))
-    sequential.eval()
+    sequential.train() if training else sequential.eval()
     x = jt.array(generator.standard_normal((2, dim, 6, 5)).astype(np.float32))
-    with jt.no_grad():
+    with nullcontext() if training else jt.no_grad():
         expected = sequential(x).numpy()
         for layer in [*layers, block.dil_conv_k3_2, block.origin_bn]:
             after = (layer.register_forward_hook, layer.remove_forward_hook)

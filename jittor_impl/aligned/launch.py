@@ -99,14 +99,15 @@ def launch(
 
 
 def kinds(numbers):
-    return tuple((name, isinstance(number, float)) for name, number in numbers.items())
+    """A pair: the names, and the types in their order."""
+    return tuple(numbers), tuple(map(type, numbers.values()))
 
 
 @cache
 def call_text(kernel, inputs, outputs, scratch, numbers, gpu_numbers, as_struct):
     """The C++ calls for CPU and GPU.
 
-    inputs and outputs say which are given; numbers are pairs (name, whether a float).
+    inputs and outputs say which are given; numbers and gpu_numbers are of `kinds`.
     """
 
     def pointers(given, prefix):
@@ -119,7 +120,8 @@ def call_text(kernel, inputs, outputs, scratch, numbers, gpu_numbers, as_struct)
     def values(numbers):
         # Jittor holds every number as a double.
         return [
-            f'data["{name}"]' if is_float else f'(int)data["{name}"]' for name, is_float in numbers
+            f'data["{name}"]' if kind is float else f'(int)data["{name}"]'
+            for name, kind in zip(*numbers)
         ]
 
     arguments, first = pointers(inputs, "in") + pointers(outputs, "out"), sum(outputs)
@@ -137,7 +139,7 @@ def run_code(headers, code, inputs, outputs, numbers):
     number is data["NAME"]. Numbers are data and not text: another shape needs no new compilation.
     """
     types = TYPES[on_gpu()]
-    if any(x.dtype not in types for x in inputs):
+    if [x for x in inputs if x.dtype not in types]:
         got = ", ".join(str(x.dtype) for x in inputs)
         raise ValueError(f"the kernels are for {', '.join(types)}, got {got}; use x.float32()")
     shapes, dtypes = [shape for shape, _ in outputs], [dtype for _, dtype in outputs]

@@ -141,7 +141,7 @@ class FusedSequential(nn.Sequential):
                 x = fused_convolution(x, layers[0], norm, activation)
             elif normalizes_and_activates(layers):
                 x, count = layers[0].normalize(x, layers[1]), 2
-            elif type(layers[0]) in ACTIVATIONS and has_kernel(ActivationFunction, x):
+            elif is_activation(layers[0]) and has_kernel(ActivationFunction, x):
                 x = ActivationFunction.apply(x, layers[0])
             else:
                 x = layers[0](x)
@@ -156,18 +156,21 @@ def followers(layers):
         return None, None
     others = list(takewhile(lambda layer: not is_hooked(layer), others))
     norm = others.pop(0) if others and isinstance(others[0], BatchNorm2d) else None
-    activation = others[0] if others and type(others[0]) in ACTIVATIONS else None
+    activation = others[0] if others and is_activation(others[0]) else None
     return norm, activation
+
+
+def is_activation(layer):
+    return type(layer) in ACTIVATIONS and not is_hooked(layer)
 
 
 def normalizes_and_activates(layers):
     """Whether the first two of `layers` are a BatchNorm in training and an activation."""
-    if len(layers) < 2 or any(is_hooked(layer) for layer in layers[:2]):
-        return False
+    if len(layers) < 2 or type(layers[0]) is not BatchNorm2d or is_hooked(layers[0]):
+        return False  # a subclass of BatchNorm2d may compute something else
     norm, activation = layers[:2]
-    # A subclass of BatchNorm2d may compute something else.
-    plain = type(norm) is BatchNorm2d and norm.training and norm.weight.dtype == "float32"
-    return plain and type(activation) in ACTIVATIONS and has_kernel(ActivationFunction)
+    single = has_kernel(ActivationFunction, norm.weight)
+    return norm.training and is_activation(activation) and single
 
 
 def squeeze_excite(x, gate):

@@ -13,6 +13,7 @@ struct AdamWNumbers {
 
 inline void adamw(const float* p, const float* g, const float* m, const float* v, float* new_p, float* new_m,
                   float* new_v, int64_t size, const AdamWNumbers& a) {
+    #pragma omp parallel for schedule(static) if (size > 1 << 14)
     for (int64_t i = 0; i < size; i++) {
         new_m[i] = m[i] + (g[i] - m[i]) * a.gain1;
         new_v[i] = v[i] * a.beta2 + g[i] * g[i] * a.gain2;

@@ -25,16 +25,17 @@ class Frames {
   public:
     // images: how many are looked at at once.
     Frames(const Columns& g, const float* map, int images)
-        : g(g), map(map), slots(images), top(-*std::min_element(g.dy.begin(), g.dy.end())),
-          left(-*std::min_element(g.dx.begin(), g.dx.end())) {
-        if (top < 0) top = 0;
-        if (left < 0) left = 0;
-        const int below = *std::max_element(g.dy.begin(), g.dy.end()) + top,
-                  right = *std::max_element(g.dx.begin(), g.dx.end()) + left;
-        height = below / g.step + g.rows;
-        width = right / g.step + g.cols;
-        whole = g.step == 1 && height == g.height && width == g.width;
-        if (whole && (top || left)) whole = false;
+        : g(g), map(map), slots(images) {
+        int below = 0, right = 0;
+        for (int t = 0; t < g.taps(); t++) {
+            top = std::max(top, -g.dy[t]);
+            left = std::max(left, -g.dx[t]);
+            below = std::max(below, g.dy[t]);
+            right = std::max(right, g.dx[t]);
+        }
+        height = (top + below) / g.step + g.rows;
+        width = (left + right) / g.step + g.cols;
+        whole = g.step == 1 && height == g.height && width == g.width && top == 0 && left == 0;
         for (int t = 0; t < g.taps(); t++) {
             const int y = g.dy[t] + top, x = g.dx[t] + left;
             offset.push_back(((y % g.step * g.step + x % g.step) * height + y / g.step) * width + x / g.step);
@@ -95,7 +96,7 @@ class Frames {
     const Columns& g;
     const float* map;
     const int slots;
-    int top, left, height, first_channel = 0;
+    int top = 0, left = 0, height, first_channel = 0;
     bool whole;  // no tap leaves the map: the map itself will do
     std::vector<float> storage;
     std::vector<int64_t> held;
