@@ -526,7 +526,7 @@ class SeparableFunction(jt.Function):
     constant matrices they are exact to rounding, gradients included, and need no scatter backward.
     """
 
-    headers = ("lanes.h", "product.h", "separable_cpu.h"), ("cuda_launch.h", "separable_cuda.h")
+    headers = ("lanes.h", "separable_cpu.h"), ("cuda_launch.h", "separable_cuda.h")
 
     def execute(self, x, rows, cols):
         self.matrices, self.shape, self.dtype = (rows, cols), x.shape, x.dtype

@@ -108,7 +108,7 @@ inline void contmix(const float* query, const float* key, const float* proj, con
                 for (int half = 0; half < 2; half++) {
                     const Windows windows{c.H, c.W, half ? c.K2 : c.K1, S};
                     transpose(x + c.value(b, head, half), P, c.value_dim, P, s.value.data(), s.width);
-                    for (int i = 0; i < c.H; i++)
+                    for (int i = 0; i < windows.rows(); i++)
                         windows.forward(i, weights + half * small, s.value.data(),
                                         s.rows.data() + (int64_t)i * c.W * s.width, s.width, s.windows.data());
                     transpose(s.rows.data(), s.width, P, c.value_dim, out + c.value(b, head, half), P);
@@ -147,7 +147,7 @@ inline void contmix_backward(const float* query, const float* key, const float* 
                         transpose(grad_out + at, P, c.value_dim, P, s.grad_out.data(), s.width);
                         for (int d = 0; d < c.value_dim; d++)
                             std::copy_n(x + at + (int64_t)d * P, P, s.value_t.data() + d * s.value_step);
-                        for (int i = 0; i < c.H; i++) {
+                        for (int i = 0; i < windows.rows(); i++) {
                             windows.grad_attn(i, s.grad_out.data(), s.value_t.data(), s.value_step, grad + half * small,
                                               s.width, c.value_dim, s.windows.data());
                             windows.grad_value(i, weights + half * small, s.grad_out.data(),

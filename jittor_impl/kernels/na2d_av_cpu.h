@@ -15,8 +15,16 @@ struct Windows {
     int first_row(int i) const { return window_start(i, H, K); }
     int first_col(int j) const { return window_start(j, W, K); }
 
+    // Whether each window is the whole map: then the weights are a dense matrix (H*W, K*K), and the functions below take
+    // all rows at once, as row 0.
+    bool whole() const { return K == H && K == W; }
+    int rows() const { return whole() ? 1 : H; }
+    int pixels_of_row() const { return whole() ? H * W : W; }
+
     // Row i of the output, (W, width), from value (H, W, width); width: channels, in whole vectors.
     void forward(int i, const float* attn, const float* value, float* out, int width, float* scratch) const {
+        if (whole())
+            return product(attn, attn_step, 1, value, width, nullptr, out, width, H * W, K * K, width);
         const int row = first_row(i);
         for (int j = 0; j < W; j += TILE_ROWS) {
             const int n = std::min(TILE_ROWS, W - j), left = first_col(j), span = first_col(j + n - 1) + K - left;
@@ -56,6 +64,16 @@ struct Windows {
     void grad_attn(int i, const float* grad_out, const float* value_t, int64_t value_step, float* grad, int width,
                    int dim, float* scratch) const {
         const int row = first_row(i);
+        if (whole()) {
+            const int step = whole_vectors(K * K);
+            for (int j = 0; j < H * W; j += TILE_ROWS) {
+                const int n = std::min(TILE_ROWS, H * W - j);
+                product(grad_out + (int64_t)j * width, width, 1, value_t, value_step, nullptr, scratch, step, n, dim,
+                        step);
+                for (int t = 0; t < n; t++) std::copy_n(scratch + t * step, K * K, grad + (j + t) * attn_step);
+            }
+            return;
+        }
         for (int j = 0; j < W; j += TILE_ROWS) {
             const int n = std::min(TILE_ROWS, W - j), left = first_col(j), span = first_col(j + n - 1) + K - left;
             const int step = whole_vectors(span);
@@ -71,6 +89,8 @@ struct Windows {
 
     // Row y of grad_value, (W, width): attn * grad_out, summed over the pixels whose window contains the value.
     void grad_value(int y, const float* attn, const float* grad_out, float* grad, int width, float* scratch) const {
+        if (whole())
+            return product(attn, 1, attn_step, grad_out, width, nullptr, grad, width, K * K, H * W, width);
         for (int x = 0; x < W; x += TILE_ROWS) {
             const int n = std::min(TILE_ROWS, W - x);
             int c = 0;
@@ -123,7 +143,7 @@ inline void for_rows(int64_t N, const Windows& windows, int64_t row_size, Work w
         std::vector<float> scratch(windows.scratch_size()), row(row_size);
         #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < N; n++)
-            for (int i = 0; i < windows.H; i++) work(n, i, scratch.data(), row.data());
+            for (int i = 0; i < windows.rows(); i++) work(n, i, scratch.data(), row.data());
     }
 }
 
@@ -147,11 +167,11 @@ inline void for_padded_rows(int64_t N, const Windows& windows, int dim, const fl
     const int width = whole_vectors(dim);
     const int64_t pixels = (int64_t)windows.H * windows.W;
     const PaddedMap padded(map, N * pixels, dim);
-    for_rows(N, windows, width == dim ? 0 : (int64_t)windows.W * width,
+    for_rows(N, windows, width == dim ? 0 : (int64_t)windows.pixels_of_row() * width,
              [&](int64_t n, int i, float* scratch, float* row) {
         float* target = out + (n * pixels + (int64_t)i * windows.W) * dim;
         make_row(n, i, padded.data + n * pixels * width, width == dim ? target : row, width, scratch);
-        for (int j = 0; width != dim && j < windows.W; j++)
+        for (int j = 0; width != dim && j < windows.pixels_of_row(); j++)
             std::copy_n(row + (int64_t)j * width, dim, target + (int64_t)j * dim);
     });
 }
