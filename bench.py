@@ -3,9 +3,11 @@
 Every measurement is a process of its own, after warm-up; the implementations take turns
 (A B C A B C ...), so that a slow minute of the machine hits all of them. A turn beside which a
 fixed matrix product is slow does not count; the ratio has its range over the others. They are
-Jittor, PyTorch, and PyTorch with NATTEN's na2d_av, which is what the official OverLoCK runs, at the
-larger batch only: "natten" as pip builds it for a CPU, with no optimisation and for one thread;
-"natten -O3" the same source with the compiler flags that it lacks.
+Jittor, PyTorch as requirements-torch.txt pins it, a current one ("current"), and that one with
+torch.compile ("compiled", where --compile asks for it): Jittor's ratio is to the fastest of these.
+And PyTorch with NATTEN's na2d_av, which is what the official OverLoCK runs, at the larger batch
+only: "natten" as pip builds it for a CPU, with no optimisation and for one thread; "natten -O3"
+the same source with the compiler flags that it lacks.
 
 Prints a table, writes logs/bench.csv and logs/bench.png.
 
@@ -28,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -38,7 +41,9 @@ from tools.frameworks import ROOT, Jittor, Torch
 NA2D = {"cpu": "dense", "cuda": "auto"}
 # How much longer than at its best a fixed matrix product may take beside a turn that counts.
 NOISE = 0.1
-IMPLEMENTATIONS = ("jittor", "torch", "natten", "natten -O3")
+# Versions and modes of PyTorch, the same code in each.
+TORCHES = ("torch", "current", "compiled")
+IMPLEMENTATIONS = ("jittor", *TORCHES, "natten", "natten -O3")
 # Merged: after reparam() in both, and with BatchNorms folded into the convolutions before them.
 STEPS = ("training step", "inference", "merged inference")
 # variant, image side, batch sizes, the larger first
@@ -120,9 +125,10 @@ class ModelTask:
         if self.kind == "merged inference":
             model.reparam()
             f.fold_batch_norms(model)
+        optimizer = train.make_optimizer(model, args) if training else None
+        model = f.prepare(model)
         if not training:
             return lambda: f.run_inference(model, images)
-        optimizer = train.make_optimizer(model, args)
         return lambda: train.training_step(model, optimizer, images, labels, args)
 
     def work(self):
@@ -317,7 +323,8 @@ def adapter(implementation, args):
     if implementation == "jittor":
         return Jittor(args.device, options)
     na2d = "natten" if implementation.startswith("natten") else NA2D[args.device]
-    return Torch(args.device, (*options, "--na2d", na2d))
+    options = (*options, "--na2d", na2d)
+    return Torch(args.device, options, compiles=implementation == "compiled")
 
 
 def gpu_memory():
@@ -430,6 +437,11 @@ def make_parser():
     add = parser.add_argument
     add("--jittor-python", default=str(ROOT / ".venv-jittor/bin/python"))
     add("--torch-python", default=str(ROOT / ".venv-torch/bin/python"))
+    current = "another environment with PyTorch (make .venv-current/ready)"
+    add("--current-python", default=str(ROOT / ".venv-current/bin/python"), help=current)
+    add(
+        "--compile", action="store_true", help="also time torch.compile, which compiles for minutes"
+    )
     natten = "folder of a NATTEN built with optimisation (make bench)"
     add("--natten-o3", type=Path, default=ROOT / ".natten-o3", help=natten)
     add("--rounds", type=int, default=3, help="times that each implementation takes its turn")
@@ -451,6 +463,18 @@ def find_implementations(args):
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     optimised = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     found = {"jittor": (args.jittor_python, None), "torch": (args.torch_python, None)}
+    versions = {}
+    for name, python in (("torch", args.torch_python), ("current", args.current_python)):
+        command = [python, "-c", "import torch; print(torch.__version__)"]
+        with suppress(OSError):
+            result = subprocess.run(command, capture_output=True, text=True)
+            versions |= {name: result.stdout.strip()} if result.returncode == 0 else {}
+    print("PyTorch: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    newest = args.torch_python
+    if "current" in versions:
+        found["current"] = (newest := args.current_python), None
+    if args.compile:
+        found["compiled"] = newest, None
     code = "import natten; from natten.functional import na2d_av; print(natten.__file__)"
     if args.device == "cuda":
         code += "; assert natten.has_cuda()"
@@ -476,13 +500,13 @@ def first_steps(args, environments):
         yield "the same with an empty Jittor cache", jittor, torch
 
 
-def print_row(row):
+def print_row(row, names):
     cells = [f"{row['task']:46}"]
-    for name in IMPLEMENTATIONS:
+    for name in names:
         time_ms, spread = row[f"{name}_ms"], row[f"{name}_spread_ms"]
         cells.append(f"{'-':>15}" if time_ms == "" else f"{time_ms:9.2f} +-{spread:4.1f}")
     turns = f"({row['ratio_min']:.2f}-{row['ratio_max']:.2f})"
-    cells.append(f"{row['jittor_ms'] / row['torch_ms']:8.2f} {turns} {row['floor_ms']:8.2f}")
+    cells.append(f"{row['jittor_ms'] / row['best_torch_ms']:8.2f} {turns} {row['floor_ms']:8.2f}")
     cells.append(f"{row['jittor_ms'] / row['floor_ms']:8.1f}")
     cells.append(f"{row['jittor_peak_mib']:7.0f} {row['torch_peak_mib']:9.0f}")
     rates = [row[f"{name}_images_per_s"] for name in ("jittor", "torch")]
@@ -512,8 +536,8 @@ def main():
         f"copy {byte_rate / 1e9:.1f} GB/s\nmedian milliseconds +- half of the interquartile range; "
         "peak memory of the process in MiB"
     )
-    names = " ".join(f"{name:>15}" for name in IMPLEMENTATIONS)
-    ratios = f"{'jt/torch':>8} {'(turns)':>11} {'floor':>8} {'jt/floor':>8}"
+    names = " ".join(f"{name:>15}" for name in environments)
+    ratios = f"{'jt/best':>8} {'(turns)':>11} {'floor':>8} {'jt/floor':>8}"
     print(f"{'':46} {names} {ratios} {'jt MiB':>7} {'torch MiB':>9}")
     rows = []
     for task in chosen:
@@ -521,7 +545,7 @@ def main():
         products, bytes_moved = task.work()
         row["floor_ms"] = 1e3 * max(products / products_rate, bytes_moved / byte_rate)
         rows.append(row)
-        print_row(row)
+        print_row(row, environments)
     dropped = sum(row["turns_dropped"] for row in rows)
     if dropped or any(row["noisy"] for row in rows):
         noisy = sum(row["noisy"] for row in rows)
@@ -546,10 +570,11 @@ def main():
 
 def take_turn(task, environments, args):
     """{implementation: what its process measured}, one after another."""
+    is_model = task.kind in STEPS
     return {
         name: run_worker(args, python, name, task, environment)
         for name, (python, environment) in environments.items()
-        if task.uses_natten or not name.startswith("natten")
+        if (task.uses_natten or not name.startswith("natten")) and (is_model or name != "compiled")
     }
 
 
@@ -573,8 +598,8 @@ def bench(task, environments, args):
     Returns a row of the table, its floor excepted.
     """
     turns, noisy = quiet_turns(task, environments, args)
-    medians = [[statistics.median(t[f]["times"]) for f in ("jittor", "torch")] for t in turns]
-    ratios = [jittor / torch for jittor, torch in medians]
+    medians = [{name: statistics.median(t["times"]) for name, t in turn.items()} for turn in turns]
+    ratios = [m["jittor"] / min(m[name] for name in TORCHES if name in m) for m in medians]
     row = {"task": str(task)}
     for name in IMPLEMENTATIONS:
         results = [turn[name] for turn in turns if name in turn]
@@ -587,6 +612,8 @@ def bench(task, environments, args):
         row[f"{name}_images_per_s"] = 1e3 * task.batch / median if counts_images else ""
         row[f"{name}_peak_mib"] = max((result["peak"] for result in results), default="")
         row[f"{name}_threads"] = results[-1]["threads"] if results else ""
+    best = min((row[f"{name}_ms"], name) for name in TORCHES if row[f"{name}_ms"] != "")
+    row |= dict(best_torch=best[1], best_torch_ms=best[0])
     row |= dict(ratio_min=min(ratios), ratio_max=max(ratios))
     return row | dict(turns_dropped=args.rounds - len(turns), noisy=int(noisy == args.rounds))
 
@@ -599,13 +626,17 @@ def draw(rows, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
-    colors = ("#00466e", "#f0ad30", "#999999", "#cccccc")
-    for i, (name, color) in enumerate(zip(IMPLEMENTATIONS, colors)):
+    colors = dict(
+        zip(IMPLEMENTATIONS, ("#00466e", "#f0ad30", "#d98200", "#8a5300", "#999", "#ccc"))
+    )
+    names = [name for name in IMPLEMENTATIONS if any(row[f"{name}_ms"] != "" for row in rows)]
+    height = 0.9 / len(names)
+    for i, name in enumerate(names):
         shown = [(y, row) for y, row in enumerate(rows) if row[f"{name}_ms"] != ""]
-        places = [y + 0.22 * i for y, _ in shown]
+        places = [y + height * i for y, _ in shown]
         ratios = [row[f"{name}_ms"] / row["torch_ms"] for _, row in shown]
-        axes.barh(places, ratios, height=0.2, color=color, label=name)
-    axes.set_yticks([y + 0.33 for y in range(len(rows))], [r["task"] for r in rows], fontsize=7)
+        axes.barh(places, ratios, height=0.9 * height, color=colors[name], label=name)
+    axes.set_yticks([y + 0.4 for y in range(len(rows))], [r["task"] for r in rows], fontsize=7)
     axes.set(xscale="log", xlabel="time, relative to our PyTorch")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()

@@ -48,6 +48,10 @@ class Jittor(Adapter):
         """The module on the device: here, all are where the operators run."""
         return module
 
+    def prepare(self, model):
+        """The model that is run."""
+        return model
+
     def synchronize(self):
         """Wait for the device."""
         self.jt.sync_all(device_sync=self.device == "cuda")
@@ -92,9 +96,9 @@ class Jittor(Adapter):
         module.execute = execute
 
     def run_forward_backward(self, function, inputs):
-        """function(*inputs), and its own output pulled back to every input."""
+        """function(*inputs), and a gradient of its shape pulled back to every input."""
         output = function(*inputs)
-        grads = self.jt.grad((output * output.detach()).sum(), list(inputs))
+        grads = self.jt.grad(output, list(inputs))  # ones: Jittor takes the gradient of the sum
         self.jt.sync([output, *grads])
 
     def run_inference(self, model, images):
@@ -111,11 +115,15 @@ class Jittor(Adapter):
 class Torch(Adapter):
     name, suffix = "torch", "_torch"
 
-    def __init__(self, device="cpu", options=(), dtype=np.float32):
+    def __init__(self, device="cpu", options=(), dtype=np.float32, compiles=False):
         super().__init__(device, options)
         import torch
 
-        self.torch, self.dtype = torch, dtype
+        self.torch, self.dtype, self.compiles = torch, dtype, compiles
+
+    def prepare(self, model):
+        """The model that is run: compiled, if this adapter compiles."""
+        return self.torch.compile(model) if self.compiles else model
 
     def place(self, module):
         """The module on the device."""
@@ -158,7 +166,7 @@ class Torch(Adapter):
         module.register_forward_hook(lambda _, inputs, output: store(output))
 
     def run_forward_backward(self, function, inputs):
-        """function(*inputs), and its own output pulled back to every input."""
+        """function(*inputs), and a gradient of its shape pulled back to every input."""
         output = function(*inputs)
         self.torch.autograd.grad(output, inputs, output.detach())
 
