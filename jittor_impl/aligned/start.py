@@ -277,6 +277,72 @@ def in_cache(files, cache):
     return folder
 
 
+# These files of Jittor define a name that the headers declare otherwise.
+WITHOUT_HEADERS = ("op_compiler.cc", "fp16_op_type.cc")
+
+
+def compile_core_faster(jittor_utils):
+    """Compile Jittor's core in half the time: what most of its files begin with is compiled once.
+
+    Where that cannot be done, it is compiled as usual.
+    """
+    run_commands = jittor_utils.run_cmds
+
+    def run(commands, cache, folder, name="run_cmds"):
+        if name == "Compiling jittor_core":
+            with suppress(RuntimeError):
+                return run_commands(with_headers(commands, cache), cache, folder, name)
+        return run_commands(commands, cache, folder, name)
+
+    jittor_utils.run_cmds = run
+
+
+def with_headers(commands, cache):
+    """The compiler's `commands`, those of C++ files with core_headers.h compiled ahead of them.
+
+    The largest file comes first: nothing would run beside it at the end.
+    """
+
+    def source(command):
+        return Path(shlex.split(command)[1])
+
+    def is_cpp(command):
+        return source(command).suffix == ".cc"
+
+    commands = sorted(commands, key=lambda c: -source(c).stat().st_size if is_cpp(c) else 0)
+    # compiler, source, flags..., -c, -o, object
+    compiler, _, *flags, _, _, _ = shlex.split(next(filter(is_cpp, commands)))
+    if "clang" in compiler:
+        return commands
+    header = compile_header(Path(cache) / "core", SETUP / "core_headers.h", compiler, flags)
+    if not header:
+        return commands
+    return [
+        command.replace(" ", f" -include'{header}' ", 1)
+        if is_cpp(command) and source(command).name not in WITHOUT_HEADERS
+        else command
+        for command in commands
+    ]
+
+
+def compile_header(path, source, compiler, flags):
+    """Compile the header `source` ahead, to a file that begins with `path` and is kept.
+
+    Returns the path to include, None where it cannot be compiled.
+    """
+    text = source.read_text()
+    key = hashlib.sha1((" ".join(flags) + text).encode()).hexdigest()[:16]
+    header = Path(f"{path}-{key}.h")
+    compiled, temporary = Path(f"{header}.gch"), Path(f"{header}.{os.getpid()}")
+    if not header.exists():
+        replace_text(header, text, 0o644)
+    if not compiled.exists():
+        command = [compiler, *flags, "-x", "c++-header", header, "-o", temporary]
+        if subprocess.run(command, capture_output=True).returncode == 0:
+            os.replace(temporary, compiled)
+    return header if compiled.exists() else None
+
+
 def compile_operators_faster(jittor, cache):
     """Compile an operator for the CPU in a third of the time.
 
@@ -291,18 +357,11 @@ def compile_operators_faster(jittor, cache):
     script = "compile_operator.sh"
     jittor.flags.python_path = f"sh {in_cache([SETUP / script], cache) / script}"
     os.environ["OVERLOCK_PYTHON"] = sys.executable
-    flags, source = jittor.flags.cc_flags, (SETUP / "operator_headers.h").read_text()
-    header = Path(cache) / f"operators-{hashlib.sha1((flags + source).encode()).hexdigest()[:16]}.h"
-    compiled, temporary = Path(f"{header}.gch"), Path(f"{header}.{os.getpid()}")
-    if not header.exists():
-        replace_text(header, source, 0o644)
-    if not compiled.exists():
-        linking = ("-l", "-L", "-shared")
-        options = [flag for flag in shlex.split(flags) if not flag.startswith(linking)]
-        command = [jittor.flags.cc_path, *options, "-x", "c++-header", header, "-o", temporary]
-        if subprocess.run(command, capture_output=True).returncode == 0:
-            os.replace(temporary, compiled)
-    if compiled.exists():
+    flags, linking = jittor.flags.cc_flags, ("-l", "-L", "-shared")
+    options = [flag for flag in shlex.split(flags) if not flag.startswith(linking)]
+    source = SETUP / "operator_headers.h"
+    header = compile_header(Path(cache) / "operators", source, jittor.flags.cc_path, options)
+    if header:
         jittor.flags.cc_flags = f" -include'{header}' {flags}"
 
 
@@ -383,6 +442,7 @@ def import_jittor():
     jittor_utils._py3_include_path = f'-I"{headers}"'
     jittor_utils._py3_extension_suffix = sysconfig.get_config_var("EXT_SUFFIX")
     jittor_utils.DelayProgress = Compilation
+    compile_core_faster(jittor_utils)
     compiling = "OVERLOCK_COMPILES_JITTOR" in os.environ
     nvcc, core = os.environ["nvcc_path"], "jittor_core*"
     if nvcc:

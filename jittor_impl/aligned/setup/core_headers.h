@@ -1,0 +1,25 @@
+// What most files of Jittor's core include, to be compiled once, ahead of them.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <iomanip>
+#include <iostream>
+#include <sstream>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+#include "executor.h"
+#include "fused_op.h"
+#include "graph.h"
+#include "mem/allocator.h"
+#include "op.h"
+#include "op_compiler.h"
+#include "ops/op_register.h"
+#include "opt/kernel_ir.h"
+#include "opt/pass_manager.h"
+#include "pyjt/py_converter.h"
+#include "var.h"
+#include "var_holder.h"
