@@ -4,13 +4,16 @@ The tests of CUDA's set-up are in test_cuda_setup.py.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from jittor_impl.aligned import start
 from jittor_impl.aligned.start import jt
 
@@ -198,3 +201,32 @@ assert own == (nn.BatchNorm2d, nn.AdamW)
 """
     result = python(code, folder=tmp_path)
     assert result.returncode == 0 and "[1,2,4,3,] 1" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("works", (True, False))
+def test_core_compiles_with_headers_compiled_ahead(works, tmp_path):
+    """Its files begin with them, some excepted; where that fails once, none does from then on."""
+    (tmp_path / "small.cc").write_text("int small;")
+    (tmp_path / "op_compiler.cc").write_text("int large; // the largest file is the first one")
+    commands = [
+        f'"{shutil.which("g++")}" "{tmp_path / name}"  -std=c++14  -c -o "{tmp_path / name}.o"'
+        for name in ("small.cc", "op_compiler.cc")
+    ]
+    ran = []
+
+    def run(commands, *_):
+        ran.append(commands)
+        if not works and "-include" in "".join(commands):
+            raise RuntimeError
+
+    jittor_utils = SimpleNamespace(run_cmds=run)
+    start.compile_core_faster(jittor_utils)
+    for _ in range(2):
+        jittor_utils.run_cmds(commands, str(tmp_path), "", "Compiling jittor_core")
+    largest, small = ran[0]
+    assert largest == commands[1]
+    header = re.search(r"g\+\+\" -include'([^']+)' ", small)[1]
+    assert Path(header).read_text() == (start.SETUP / "core_headers.h").read_text()
+    assert ran[1:] == ([ran[0]] if works else [commands, commands])
+    jittor_utils.run_cmds(commands, str(tmp_path), "", "another")
+    assert ran[-1] == commands

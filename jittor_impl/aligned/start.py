@@ -289,58 +289,63 @@ def compile_core_faster(jittor_utils):
     run_commands = jittor_utils.run_cmds
 
     def run(commands, cache, folder, name="run_cmds"):
-        if name == "Compiling jittor_core":
-            with suppress(RuntimeError):
-                return run_commands(with_headers(commands, cache), cache, folder, name)
-        return run_commands(commands, cache, folder, name)
+        # Jittor comes here at every start, to see whether each command is still that which it ran.
+        failed = Path(cache) / "core_headers.failed"
+        if name != "Compiling jittor_core" or failed.exists() or "clang" in commands[0].split()[0]:
+            return run_commands(commands, cache, folder, name)
+        header, faster = with_headers(commands, cache)
+        try:
+            if not list(Path(cache).glob("jittor_core*")):
+                cpp = next(command for command in commands if source_of(command).suffix == ".cc")
+                # compiler, source, flags..., -c, -o, object
+                compiler, _, *flags, _, _, _ = shlex.split(cpp)
+                compile_header(header, compiler, flags)
+            run_commands(faster, cache, folder, name)
+        except RuntimeError:
+            failed.touch()
+            run_commands(commands, cache, folder, name)
+        Path(f"{header}.gch").unlink(missing_ok=True)  # 90 MB
 
     jittor_utils.run_cmds = run
 
 
+def source_of(command):
+    """The file that a compiler's command compiles, in quotes: .cc, or .cu for nvcc."""
+    return Path(re.search(r'"([^"]+\.c[cu])"', command)[1])
+
+
 def with_headers(commands, cache):
-    """The compiler's `commands`, those of C++ files with core_headers.h compiled ahead of them.
+    """A header with core_headers.h, and the compiler's `commands` that begin with it.
 
     The largest file comes first: nothing would run beside it at the end.
     """
-
-    def source(command):
-        return Path(shlex.split(command)[1])
-
-    def is_cpp(command):
-        return source(command).suffix == ".cc"
-
-    commands = sorted(commands, key=lambda c: -source(c).stat().st_size if is_cpp(c) else 0)
-    # compiler, source, flags..., -c, -o, object
-    compiler, _, *flags, _, _, _ = shlex.split(next(filter(is_cpp, commands)))
-    if "clang" in compiler:
-        return commands
-    header = compile_header(Path(cache) / "core", SETUP / "core_headers.h", compiler, flags)
-    if not header:
-        return commands
-    return [
-        command.replace(" ", f" -include'{header}' ", 1)
-        if is_cpp(command) and source(command).name not in WITHOUT_HEADERS
-        else command
-        for command in commands
-    ]
+    header = write_header(Path(cache) / "core", SETUP / "core_headers.h")
+    faster = []
+    for command in sorted(commands, key=lambda command: -source_of(command).stat().st_size):
+        source = source_of(command)
+        if source.suffix == ".cc" and source.name not in WITHOUT_HEADERS:
+            command = command.replace(" ", f" -include'{header}' ", 1)
+        faster.append(command)
+    return header, faster
 
 
-def compile_header(path, source, compiler, flags):
-    """Compile the header `source` ahead, to a file that begins with `path` and is kept.
-
-    Returns the path to include, None where it cannot be compiled.
-    """
+def write_header(path, source, key=""):
+    """A file with the text of `source`, named `path`, and by the text and `key`."""
     text = source.read_text()
-    key = hashlib.sha1((" ".join(flags) + text).encode()).hexdigest()[:16]
-    header = Path(f"{path}-{key}.h")
-    compiled, temporary = Path(f"{header}.gch"), Path(f"{header}.{os.getpid()}")
+    header = Path(f"{path}-{hashlib.sha1((key + text).encode()).hexdigest()[:16]}.h")
     if not header.exists():
         replace_text(header, text, 0o644)
+    return header
+
+
+def compile_header(header, compiler, flags):
+    """Compile `header` ahead, beside it. Returns whether it is; the compiler then reads that."""
+    compiled, temporary = Path(f"{header}.gch"), Path(f"{header}.{os.getpid()}")
     if not compiled.exists():
         command = [compiler, *flags, "-x", "c++-header", header, "-o", temporary]
         if subprocess.run(command, capture_output=True).returncode == 0:
             os.replace(temporary, compiled)
-    return header if compiled.exists() else None
+    return compiled.exists()
 
 
 def compile_operators_faster(jittor, cache):
@@ -359,9 +364,8 @@ def compile_operators_faster(jittor, cache):
     os.environ["OVERLOCK_PYTHON"] = sys.executable
     flags, linking = jittor.flags.cc_flags, ("-l", "-L", "-shared")
     options = [flag for flag in shlex.split(flags) if not flag.startswith(linking)]
-    source = SETUP / "operator_headers.h"
-    header = compile_header(Path(cache) / "operators", source, jittor.flags.cc_path, options)
-    if header:
+    header = write_header(Path(cache) / "operators", SETUP / "operator_headers.h", key=flags)
+    if compile_header(header, jittor.flags.cc_path, options):
         jittor.flags.cc_flags = f" -include'{header}' {flags}"
 
 
