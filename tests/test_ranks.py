@@ -36,9 +36,9 @@ needs_launcher = pytest.mark.skipif(
 pytestmark = cpu_only("one GPU runs one process")
 
 
-def command(count, *options):
-    program = str(ROOT / f"{NAME}_impl" / "train.py")
-    return [*launcher(NAME, sys.executable, count), program, *SIZES, *map(str, options)]
+def command(count, *options, program=ROOT / f"{NAME}_impl" / "train.py"):
+    options = map(str, options)
+    return [*launcher(NAME, sys.executable, count), str(program), *SIZES, *options]
 
 
 def run(count, *options):
@@ -190,6 +190,11 @@ def has_ended(process):
         return True
 
 
+def said(errors):
+    """The lines of train.py on the error stream; a launcher adds its own."""
+    return [line for line in errors.splitlines() if line.startswith("train.py: ")]
+
+
 def stop_after_an_epoch(end, *options):
     """Start two processes, call end(launcher's id, {rank: id}) in a later epoch, and wait.
 
@@ -219,9 +224,9 @@ def test_a_signal_and_a_killed_process_end_all_and_resuming_changes_no_bit(datas
         lambda launched, _: os.kill(launched, signal.SIGTERM), *options, "--epochs", 40
     )
     assert status != 0
-    said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    lines = said(errors)
     # mpirun kills a second after SIGTERM, which may be too soon for the line on a busy machine.
-    assert NAME == "jittor" and not said or len(said) == 1 and "resume with: " in said[0], errors
+    assert NAME == "jittor" and not lines or len(lines) == 1 and "resume with: " in lines[0], errors
     status, errors = stop_after_an_epoch(
         lambda _, ranks: os.kill(ranks[1], signal.SIGKILL), *options, "--epochs", 40, "--resume"
     )
@@ -240,8 +245,34 @@ def test_what_all_processes_meet_is_one_line(tmp_path):
     result = subprocess.run(
         command(2, "--data-dir", tmp_path / "none"), capture_output=True, text=True
     )
-    said = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
-    assert result.returncode != 0 and len(said) == 1 and "no data set at" in said[0], result.stderr
+    lines = said(result.stderr)
+    assert result.returncode != 0 and len(lines) == 1, result.stderr
+    assert "no data set at" in lines[0]
+
+
+@needs_launcher
+def test_memory_that_runs_out_on_one_is_one_line(dataset, tmp_path):
+    """Rank 0, which waits for it, does not add that it was interrupted."""
+    program = tmp_path / "out_of_memory.py"
+    program.write_text(f"""
+import sys
+sys.path.insert(0, "{ROOT}")
+from {NAME}_impl import distributed, train
+
+def fail(*_):
+    raise MemoryError
+
+distributed.GRACE = 1
+if distributed.RANK > 0:
+    train.training_step = fail
+train.main()
+""")
+    options = ["--data-dir", dataset, "--output", tmp_path / "logs"]
+    words = command(2, *options, program=program)
+    result = subprocess.run(words, capture_output=True, text=True)
+    lines = said(result.stderr)
+    assert result.returncode != 0 and len(lines) == 1, result.stderr
+    assert "out of memory; lower --batch-size (17) (rank 1 of 2 processes)" in lines[0]
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
