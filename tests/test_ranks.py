@@ -27,6 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 WALL_CLOCK = ("epoch_time", "images_per_second")
 # 17, 17 and 2 training images, 17 and 1 for validation: no step divides, and some have too few.
 SIZES = ["-b", "17", "--num-classes", "3", "--train-per-class", "12", "--val-per-class", "6"]
+# Steps of 8, 8 and 2 images, in two parts: of the last, one image each, a process has none.
+RECIPE = ["--recipe", "paper", "--img-size", "64", "--crop-pct", "1", "--workers", "0"]
+RECIPE += ["--warmup-epochs", "0", "--cooldown-epochs", "0", "--lr", "1e-3", "--ema-decay", "0.5"]
+RECIPE += ["--clip-grad", "0.5", "-b", "4", "--grad-accumulation", "2"]
+RECIPE += ["--train-per-class", "6", "--val-per-class", "2"]
 PERTURBED_RUNS, LIMIT = 3, 3  # as in align.py
 
 has_mpi = NAME == "torch" or shutil.which("mpirun") and shutil.which("mpicc")
@@ -36,9 +41,9 @@ needs_launcher = pytest.mark.skipif(
 pytestmark = cpu_only("one GPU runs one process")
 
 
-def command(count, *options):
-    program = str(ROOT / f"{NAME}_impl" / "train.py")
-    return [*launcher(NAME, sys.executable, count), program, *SIZES, *map(str, options)]
+def command(count, *options, program=ROOT / f"{NAME}_impl" / "train.py"):
+    options = map(str, options)
+    return [*launcher(NAME, sys.executable, count), str(program), *SIZES, *options]
 
 
 def run(count, *options):
@@ -57,8 +62,12 @@ def history(output):
 
 
 def state(output):
-    """{key: array} of the weights and the moments in last.safetensors."""
-    arrays, moments, _, _ = checkpoint.read_checkpoint(next(output.glob("last*.safetensors")))
+    """{key: array} of the weights, their averages and the moments in last.safetensors."""
+    last = next(output.glob("last*.safetensors"))
+    arrays, moments, run, _ = checkpoint.read_checkpoint(last)
+    if run["args"]["ema_decay"]:
+        averages = checkpoint.read_checkpoint(last, use_ema=True).arrays
+        moments |= {f"ema.{key}": value for key, value in averages.items()}
     return {**arrays, **moments}
 
 
@@ -69,14 +78,15 @@ def run_here(impl, dataset, output, *options):
     train.run_training(args, run_files.RunFiles(args.output, impl.suffix))
 
 
-@pytest.fixture(scope="module")
-def alone(impl, dataset, tmp_path_factory):
-    """Two epochs of one process, and of some that start one unit in the last place away."""
-    root = tmp_path_factory.mktemp("alone")
-    args = impl.train_args(*SIZES)
-    weights = checkpoint.model_arrays(train.make_model(args))
+def runs_alone(impl, dataset, root, *options):
+    """The folders of a run of one process, and of some that start one unit in the last place away.
+
+    Two epochs each.
+    """
+    options = ["--epochs", 2, *options]
     outputs = [root / "unperturbed"]
-    run_here(impl, dataset, outputs[0], "--epochs", 2)
+    run_here(impl, dataset, outputs[0], *options)
+    weights = checkpoint.model_arrays(train.make_model(impl.train_args(*SIZES)))
     for i in range(PERTURBED_RUNS):
         generator, start = np.random.default_rng(i), root / f"{i}.safetensors"
         moved = {}
@@ -87,8 +97,14 @@ def alone(impl, dataset, tmp_path_factory):
                 moved[key] = np.nextafter(value, towards.astype(np.float32))
         save_weights(start, moved, "model.")
         outputs.append(root / str(i))
-        run_here(impl, dataset, outputs[-1], "--epochs", 2, "--init", start)
+        run_here(impl, dataset, outputs[-1], *options, "--init", start)
     return outputs
+
+
+@pytest.fixture(scope="module")
+def alone(impl, dataset, tmp_path_factory):
+    """Two epochs of one process, and of some that start one unit in the last place away."""
+    return runs_alone(impl, dataset, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +128,8 @@ def three(impl, dataset, tmp_path_factory):
 
 def gaps(output, reference):
     """{what: mean relative distance} of two runs: losses, statistics of BatchNorm and weights."""
-    names = "train_loss_main", "train_loss_aux", "val_loss"
     rows = zip(history(output), history(reference))
-    losses = [abs(ours[name] / theirs[name] - 1) for ours, theirs in rows for name in names]
+    losses = [abs(ours[k] / theirs[k] - 1) for ours, theirs in rows for k in ours if "loss" in k]
     ours, theirs = state(output), state(reference)
     assert ours.keys() == theirs.keys()
     found = {"losses": np.mean(losses)}
@@ -127,16 +142,31 @@ def gaps(output, reference):
     return found
 
 
+def assert_apart_by_rounding(output, alone):
+    """`alone`: what runs_alone returned."""
+    by_chance = [gaps(perturbed, alone[0]) for perturbed in alone[1:]]
+    for what, gap in gaps(output, alone[0]).items():
+        limit = LIMIT * max(found[what] for found in by_chance)
+        assert gap <= limit, (what, gap, limit)
+
+
 @needs_launcher
 @pytest.mark.parametrize("several", ["two", "three"])
 def test_the_numbers_are_those_of_one_process(alone, several, request):
     output = request.getfixturevalue(several)
     output = output[0] if several == "two" else output
     assert [row["epoch"] for row in history(output)] == [1, 2]
-    by_chance = [gaps(perturbed, alone[0]) for perturbed in alone[1:]]
-    for what, gap in gaps(output, alone[0]).items():
-        limit = LIMIT * max(found[what] for found in by_chance)
-        assert gap <= limit, (what, gap, limit)
+    assert_apart_by_rounding(output, alone)
+
+
+@needs_launcher
+def test_those_of_the_papers_recipe(impl, dataset, tmp_path):
+    """Averaged weights, a cosine, clipping, drop path, mixed images, accumulated gradients."""
+    alone = runs_alone(impl, dataset, tmp_path, *RECIPE)
+    output = tmp_path / "two"
+    run(2, "--data-dir", dataset, "--epochs", 2, "--output", output, *RECIPE)
+    assert "val_loss_ema" in history(output)[0]
+    assert_apart_by_rounding(output, alone)
 
 
 @needs_launcher
@@ -190,6 +220,11 @@ def has_ended(process):
         return True
 
 
+def said(errors):
+    """The lines of train.py on the error stream; a launcher adds its own."""
+    return [line for line in errors.splitlines() if line.startswith("train.py: ")]
+
+
 def stop_after_an_epoch(end, *options):
     """Start two processes, call end(launcher's id, {rank: id}) in a later epoch, and wait.
 
@@ -219,9 +254,9 @@ def test_a_signal_and_a_killed_process_end_all_and_resuming_changes_no_bit(datas
         lambda launched, _: os.kill(launched, signal.SIGTERM), *options, "--epochs", 40
     )
     assert status != 0
-    said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    lines = said(errors)
     # mpirun kills a second after SIGTERM, which may be too soon for the line on a busy machine.
-    assert NAME == "jittor" and not said or len(said) == 1 and "resume with: " in said[0], errors
+    assert NAME == "jittor" and not lines or len(lines) == 1 and "resume with: " in lines[0], errors
     status, errors = stop_after_an_epoch(
         lambda _, ranks: os.kill(ranks[1], signal.SIGKILL), *options, "--epochs", 40, "--resume"
     )
@@ -240,8 +275,34 @@ def test_what_all_processes_meet_is_one_line(tmp_path):
     result = subprocess.run(
         command(2, "--data-dir", tmp_path / "none"), capture_output=True, text=True
     )
-    said = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
-    assert result.returncode != 0 and len(said) == 1 and "no data set at" in said[0], result.stderr
+    lines = said(result.stderr)
+    assert result.returncode != 0 and len(lines) == 1, result.stderr
+    assert "no data set at" in lines[0]
+
+
+@needs_launcher
+def test_memory_that_runs_out_on_one_is_one_line(dataset, tmp_path):
+    """Rank 0, which waits for it, does not add that it was interrupted."""
+    program = tmp_path / "out_of_memory.py"
+    program.write_text(f"""
+import sys
+sys.path.insert(0, "{ROOT}")
+from {NAME}_impl import distributed, train
+
+def fail(*_):
+    raise MemoryError
+
+distributed.GRACE = 1
+if distributed.RANK > 0:
+    train.training_step = fail
+train.main()
+""")
+    options = ["--data-dir", dataset, "--output", tmp_path / "logs"]
+    words = command(2, *options, program=program)
+    result = subprocess.run(words, capture_output=True, text=True)
+    lines = said(result.stderr)
+    assert result.returncode != 0 and len(lines) == 1, result.stderr
+    assert "out of memory; lower --batch-size (17) (rank 1 of 2 processes)" in lines[0]
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])

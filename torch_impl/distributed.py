@@ -24,6 +24,7 @@ from .kernels.collectives import (
     SyncBatchNorm2d,
     all_reduce,
     connect,
+    is_first_to_speak,
     is_lost_connection,
 )
 from .layers import BatchNorm2d, DropPath
@@ -111,7 +112,8 @@ def wait_for_all():
 def stop(program, status, message):
     """End this process with one line on the error stream, and by the launcher all others.
 
-    What every process meets, such as a wrong option, rank 0 alone says.
+    What every process meets, such as a wrong option, rank 0 alone says. What one meets alone, such
+    as memory that runs out, that one says, and no other.
     """
     if RANK > 0:
         # The launcher ends this process once rank 0 has left, or has begun to (follow_rank_0).
@@ -119,9 +121,11 @@ def stop(program, status, message):
             signal.signal(number, lambda *_: leave(status))
         if signal.alarm(0):
             leave(status)
-        time.sleep(GRACE)
+        # Of several that fail the lowest speaks; mpirun takes a second to end the others.
+        time.sleep(GRACE * (1 + RANK / WORLD_SIZE))
         message += f" (rank {RANK} of {WORLD_SIZE} processes)"
-    say(f"{program}: " + " ".join(message.splitlines()), sys.stderr)
+    if is_first_to_speak():
+        say(f"{program}: " + " ".join(message.splitlines()), sys.stderr)
     leave(status)
 
 

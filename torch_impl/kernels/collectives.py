@@ -10,6 +10,7 @@ them in another order than the unbroken one, and part from it.
 import atexit
 import os
 import sys
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ RANK, WORLD_SIZE, LOCAL_RANK = (
 # What another launcher sets, and what to start processes with instead.
 OTHER = "OMPI_COMM_WORLD_SIZE", "torchrun --nproc_per_node N torch_impl/train.py"
 
+stores = []  # torchrun's, of keys and values that every process sees
+
 
 def connect(device):
     """Find the other processes. Raises InputError if there is no GPU for this one."""
@@ -33,7 +36,10 @@ def connect(device):
             few = f"{torch.cuda.device_count()} GPUs are too few for the processes here"
             raise InputError(f"{few}; start one for each GPU, or give --device cpu")
         torch.cuda.set_device(LOCAL_RANK)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    store, *_ = next(dist.rendezvous("env://"))
+    stores.append(store)
+    of_ranks = dict(store=store, rank=RANK, world_size=WORLD_SIZE)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", **of_ranks)
     atexit.register(dist.destroy_process_group)
 
 
@@ -71,6 +77,13 @@ def is_lost_connection(error):
     """Whether `error` says that another process is gone."""
     is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
     return is_gloo or isinstance(error, dist.DistBackendError)
+
+
+def is_first_to_speak():
+    """Whether no other process has said why the run ends. Each may ask once, before it does."""
+    with suppress(RuntimeError):  # torchrun is gone
+        return all(store.add("speakers", 1) == 1 for store in stores)
+    return True
 
 
 class BatchNormFunction(torch.autograd.Function):
