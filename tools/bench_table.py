@@ -45,7 +45,9 @@ def rows():
             choose(float(row[f"ratio_{end}"]) for row in of_task)
             for choose, end in ((min, "min"), (max, "max"))
         )
-        memory = " / ".join(f"{float(last[f'{name}_peak_mib']):.0f}" for name in ("jittor", "torch"))
+        memory = " / ".join(
+            f"{float(last[f'{name}_peak_mib']):.0f}" for name in ("jittor", "torch")
+        )
         yield [
             short(task),
             *(cell(last[f"{name}_ms"]) for name in ("jittor", *TORCHES)),

@@ -20,13 +20,12 @@ from .functions import (
     fused_convolution,
     has_fused_kernel,
     has_merged_kernel,
-    has_reparam_kernel,
     merged_depthwise,
     one,
-    reparam,
     without_gradient,
 )
 from .launch import cast, has_kernel
+from .reparam import has_reparam_kernel, reparam
 from .start import jt, nn
 
 
