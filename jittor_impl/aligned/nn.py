@@ -119,6 +119,14 @@ def infers(module):
     return not module.training and without_gradient()
 
 
+def fuses(module):
+    """Whether `module` may run kernels that stand for several layers and have a gradient.
+
+    In evaluation with gradients every layer runs by itself, so that align.py finds its output.
+    """
+    return module.training or without_gradient()
+
+
 def is_hooked(layer):
     """Whether `layer` has a hook, which wants its input or output: nothing is fused over it."""
     return hasattr(layer, "__fhook__") or hasattr(layer, "__fhook2__")
@@ -140,7 +148,7 @@ class FusedSequential(nn.Sequential):
                 x = fused_convolution(x, layers[0], norm, activation)
             elif normalizes_and_activates(layers):
                 x, count = layers[0].normalize(x, layers[1]), 2
-            elif is_activation(layers[0]) and has_kernel(ActivationFunction, x):
+            elif is_activation(layers[0]) and fuses(self) and has_kernel(ActivationFunction, x):
                 x = ActivationFunction.apply(x, layers[0])
             else:
                 x = layers[0](x)
@@ -180,7 +188,8 @@ def squeeze_excite(x, gate):
     layers = list(gate.layers.values())
     _, conv1, _, conv2, _ = layers
     variables = conv1.weight, conv1.bias, conv2.weight, conv2.bias
-    if any(map(is_hooked, [gate, *layers])) or not has_kernel(SqueezeExciteFunction, x, *variables):
+    hooked = any(map(is_hooked, [gate, *layers]))
+    if hooked or not fuses(gate) or not has_kernel(SqueezeExciteFunction, x, *variables):
         return x * gate(x)
     return SqueezeExciteFunction.apply(x, *variables)
 
