@@ -122,7 +122,7 @@ def infers(module):
 def fuses(module):
     """Whether `module` may run kernels that stand for several layers and have a gradient.
 
-    In evaluation with gradients every layer runs by itself, so that align.py finds its output.
+    In evaluation with gradients every layer runs by itself, so that align.py can compare each.
     """
     return module.training or without_gradient()
 
