@@ -132,9 +132,10 @@ class SyncBatchNorm2d(BatchNorm2d):
             return super().execute(x)
         counts = self.part is None or self.part.share > 0
         y, mean, var, n = SyncBatchNormFunction.apply(x, self.weight, self.bias, self.eps, counts)
-        self.num_batches_tracked.update(self.num_batches_tracked + 1)
         old_mean, old_var = self.running_mean, self.running_var
         var = var * (n / (n - 1))
-        old_mean.update((old_mean + (mean - old_mean) * self.momentum).stop_grad())
-        old_var.update((old_var + (var - old_var) * self.momentum).stop_grad())
+        self.keep_statistics(
+            (old_mean + (mean - old_mean) * self.momentum).stop_grad(),
+            (old_var + (var - old_var) * self.momentum).stop_grad(),
+        )
         return y

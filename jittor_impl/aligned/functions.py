@@ -490,7 +490,7 @@ def bilinear_matrix(size, out_size):
 
 
 NORM_HEADERS = (
-    ("lanes.h", "activation_cpu.h", "norm_cpu.h"),
+    ("activation_cpu.h", "norm_cpu.h"),
     ("cuda_launch.h", "cuda_sum.h", "norm_cuda.h"),
 )
 

@@ -41,6 +41,24 @@ inline void squeeze_excite(const float* x, const float* w1, const float* b1, con
     }
 }
 
+// Of a linear layer, within a parallel region, by all threads: grad_weight (outs, ins) and grad_bias (outs), from the
+// gradient of its output (B, outs) and its input (B, ins).
+inline void linear_grad_weight(const float* grad, const float* input, float* grad_weight, float* grad_bias,
+                               int B, int outs, int ins) {
+    #pragma omp for schedule(static)
+    for (int o = 0; o < outs; o++) {
+        float* row = grad_weight + (int64_t)o * ins;
+        std::fill_n(row, ins, 0.f);
+        float sum = 0;
+        for (int n = 0; n < B; n++) {
+            const float g = grad[(int64_t)n * outs + o];
+            sum += g;
+            for (int i = 0; i < ins; i++) row[i] += g * input[(int64_t)n * ins + i];
+        }
+        grad_bias[o] = sum;
+    }
+}
+
 inline void squeeze_excite_backward(const float* x, const float* w1, const float* w2, const float* mean,
                                     const float* hidden, const float* gate, const float* grad_y, float* grad_x,
                                     float* grad_w1, float* grad_b1, float* grad_w2, float* grad_b2,
@@ -74,30 +92,8 @@ inline void squeeze_excite_backward(const float* x, const float* w1, const float
                     grad_x[i] = grad_y[i] * scale + shift;
             }
         }
-        #pragma omp for schedule(static)
-        for (int c = 0; c < s.C; c++) {
-            float* row = grad_w2 + (int64_t)c * s.inner;
-            std::fill_n(row, s.inner, 0.f);
-            float sum = 0;
-            for (int n = 0; n < s.B; n++) {
-                const float g = grad_z[(int64_t)n * s.C + c];
-                sum += g;
-                for (int j = 0; j < s.inner; j++) row[j] += g * active[(int64_t)n * s.inner + j];
-            }
-            grad_b2[c] = sum;
-        }
-        #pragma omp for schedule(static)
-        for (int j = 0; j < s.inner; j++) {
-            float* row = grad_w1 + (int64_t)j * s.C;
-            std::fill_n(row, s.C, 0.f);
-            float sum = 0;
-            for (int n = 0; n < s.B; n++) {
-                const float g = grad_h[(int64_t)n * s.inner + j];
-                sum += g;
-                for (int c = 0; c < s.C; c++) row[c] += g * mean[(int64_t)n * s.C + c];
-            }
-            grad_b1[j] = sum;
-        }
+        linear_grad_weight(grad_z.data(), active.data(), grad_w2, grad_b2, s.B, s.C, s.inner);
+        linear_grad_weight(grad_h.data(), mean, grad_w1, grad_b1, s.B, s.inner, s.C);
     }
 }
 

@@ -62,7 +62,6 @@ class Frames {
     }
 
     const float* data() const { return whole ? map : storage.data(); }
-    bool is_whole() const { return whole; }
 
     int64_t plane;  // floats from one channel to the next
     int width, channels;
