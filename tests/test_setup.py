@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from jittor_impl.aligned import start
+from jittor_impl.aligned.setup import compilation
 from jittor_impl.aligned.start import jt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,7 +151,7 @@ def test_missing_compiler_is_named(tmp_path):
 
 
 def test_paths_that_jittor_cannot_compile_in_are_named_before_it_starts(tmp_path):
-    """Of the environment, of Jittor, of HOME; letters of any language are no obstacle."""
+    """Of HOME, of Python's headers; letters of any language are no obstacle."""
     home = tmp_path / "it's $here 家"
     begin = time.perf_counter()
     result = python("import jittor_impl.models", HOME=str(home))
@@ -164,10 +166,26 @@ def test_paths_that_jittor_cannot_compile_in_are_named_before_it_starts(tmp_path
     (tmp_path / ".cache" / "jittor" / "config.json").write_text("")
     result = python("import jittor_impl.models", HOME=str(tmp_path))
     assert stopped(result, "config.json, which Jittor wrote, is damaged; remove it"), result.stderr
-    code = "import sys; sys.prefix = '/opt/my env'; import jittor_impl.models"
-    result = python(code)
-    assert stopped(result, "the environment lies in /opt/my env, which has ' '; make it elsewhere")
+    code = "import sysconfig; sysconfig.get_path = lambda _: '/opt/my python'"
+    result = python(f"{code}\nimport os; os.path.isfile = lambda _: True; import jittor_impl.models")
+    assert stopped(result, "Python's headers lies in /opt/my python, which has ' '"), result.stderr
     assert time.perf_counter() - begin < 15
+
+
+def test_an_environment_may_lie_anywhere_and_compiles_nothing_anew(tmp_path):
+    """Its Jittor, in a path with spaces and quotes, is found in the cache by what it holds."""
+    odd = tmp_path / 'my "env" it\'s $here 环境'
+    place = Path(metadata.distribution("jittor").locate_file(""))
+    for name in ("jittor", "jittor_utils"):
+        shutil.copytree(place / name, odd / name)
+    code = f"""
+import sys; sys.path.insert(0, {str(odd)!r})
+from jittor_impl.aligned.start import jt
+print(jt.compiler.cache_path, jt.__file__, (jt.ones(3) + 1).sum().item())
+"""
+    result = python(code)
+    assert result.stdout.split() == [jt.compiler.cache_path, jt.__file__, "6.0"], result.stderr
+    assert "compiles itself" not in result.stderr
 
 
 def test_a_clone_may_lie_anywhere(tmp_path):
@@ -220,13 +238,13 @@ def test_core_compiles_with_headers_compiled_ahead(works, tmp_path):
             raise RuntimeError
 
     jittor_utils = SimpleNamespace(run_cmds=run)
-    start.compile_core_faster(jittor_utils)
+    compilation.compile_core_faster(jittor_utils)
     for _ in range(2):
         jittor_utils.run_cmds(commands, str(tmp_path), "", "Compiling jittor_core")
     largest, small = ran[0]
     assert largest == commands[1]
     header = re.search(r"g\+\+\" -include'([^']+)' ", small)[1]
-    assert Path(header).read_text() == (start.SETUP / "core_headers.h").read_text()
+    assert Path(header).read_text() == (compilation.FOLDER / "core_headers.h").read_text()
     assert ran[1:] == ([ran[0]] if works else [commands, commands])
     jittor_utils.run_cmds(commands, str(tmp_path), "", "another")
     assert ran[-1] == commands

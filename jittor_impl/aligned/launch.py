@@ -6,7 +6,8 @@ The kernels are C++ and CUDA files. Jittor compiles them at the first call and a
 from functools import cache
 from pathlib import Path
 
-from .start import in_cache, jt
+from .setup.compilation import in_cache
+from .start import jt
 
 FOLDER = Path(__file__).resolve().parent
 # Beside this folder; within it in a copy of this folder alone (README.md).

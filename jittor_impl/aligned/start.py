@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import signal
 import ssl
@@ -23,12 +22,12 @@ import sysconfig
 import time
 from contextlib import contextmanager, suppress
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from .setup import patch_jittor
-from .setup.atomic import package_files, replace_link, replace_text
+from .setup.atomic import package_files, replace_link
+from .setup.compilation import compile_core_faster, compile_operators_faster, import_from_cache
 from .setup.cuda_toolkit import (
     candidates,
     cudnn_version,
@@ -249,10 +248,7 @@ def check_paths():
 
     It writes paths into commands, and reads those commands with a parser of its own.
     """
-    spec = find_spec("jittor")
     places = {
-        "the environment": (sys.prefix, "make it elsewhere"),
-        "Jittor": (spec.origin if spec else "", "install it elsewhere"),
         "Python's headers": (sysconfig.get_path("include"), "use another Python"),
         "its cache": (jittor_home(), "set HOME or JITTOR_HOME to another folder"),
     }
@@ -261,112 +257,6 @@ def check_paths():
         if odd:
             characters = " ".join(map(ascii, dict.fromkeys(odd)))
             fail(f"Jittor cannot compile: {name} lies in {path}, which has {characters}; {remedy}")
-
-
-def in_cache(files, cache):
-    """A folder of the cache with copies of `files`, named after what they hold.
-
-    Jittor recognises what it has compiled by the paths in the command, so that every clone finds
-    the same there, and may itself lie under any path.
-    """
-    contents = {path.name: path.read_bytes() for path in sorted(files)}
-    folder = Path(cache) / f"overlock-{hashlib.sha1(repr(contents).encode()).hexdigest()[:16]}"
-    for name, content in contents.items():
-        if not (folder / name).exists():
-            replace_text(folder / name, content.decode("utf-8"), 0o644)
-    return folder
-
-
-# These files of Jittor define a name that the headers declare otherwise.
-WITHOUT_HEADERS = ("op_compiler.cc", "fp16_op_type.cc")
-
-
-def compile_core_faster(jittor_utils):
-    """Compile Jittor's core in half the time: what most of its files begin with is compiled once.
-
-    Where that cannot be done, it is compiled as usual.
-    """
-    run_commands = jittor_utils.run_cmds
-
-    def run(commands, cache, folder, name="run_cmds"):
-        # Jittor comes here at every start, to see whether each command is still that which it ran.
-        failed = Path(cache) / "core_headers.failed"
-        if name != "Compiling jittor_core" or failed.exists() or "clang" in commands[0].split()[0]:
-            return run_commands(commands, cache, folder, name)
-        header, faster = with_headers(commands, cache)
-        try:
-            if not list(Path(cache).glob("jittor_core*")):
-                cpp = next(command for command in commands if source_of(command).suffix == ".cc")
-                # compiler, source, flags..., -c, -o, object
-                compiler, _, *flags, _, _, _ = shlex.split(cpp)
-                compile_header(header, compiler, flags)
-            run_commands(faster, cache, folder, name)
-        except RuntimeError:
-            failed.touch()
-            run_commands(commands, cache, folder, name)
-        Path(f"{header}.gch").unlink(missing_ok=True)  # 90 MB
-
-    jittor_utils.run_cmds = run
-
-
-def source_of(command):
-    """The file that a compiler's command compiles, in quotes: .cc, or .cu for nvcc."""
-    return Path(re.search(r'"([^"]+\.c[cu])"', command)[1])
-
-
-def with_headers(commands, cache):
-    """A header with core_headers.h, and the compiler's `commands` that begin with it.
-
-    The largest file comes first: nothing would run beside it at the end.
-    """
-    header = write_header(Path(cache) / "core", SETUP / "core_headers.h")
-    faster = []
-    for command in sorted(commands, key=lambda command: -source_of(command).stat().st_size):
-        source = source_of(command)
-        if source.suffix == ".cc" and source.name not in WITHOUT_HEADERS:
-            command = command.replace(" ", f" -include'{header}' ", 1)
-        faster.append(command)
-    return header, faster
-
-
-def write_header(path, source, key=""):
-    """A file with the text of `source`, named `path`, and by the text and `key`."""
-    text = source.read_text()
-    header = Path(f"{path}-{hashlib.sha1((key + text).encode()).hexdigest()[:16]}.h")
-    if not header.exists():
-        replace_text(header, text, 0o644)
-    return header
-
-
-def compile_header(header, compiler, flags):
-    """Compile `header` ahead, beside it. Returns whether it is; the compiler then reads that."""
-    compiled, temporary = Path(f"{header}.gch"), Path(f"{header}.{os.getpid()}")
-    if not compiled.exists():
-        command = [compiler, *flags, "-x", "c++-header", header, "-o", temporary]
-        if subprocess.run(command, capture_output=True).returncode == 0:
-            os.replace(temporary, compiled)
-    return compiled.exists()
-
-
-def compile_operators_faster(jittor, cache):
-    """Compile an operator for the CPU in a third of the time.
-
-    Its headers are compiled ahead of it, and no Python runs around the compiler. Where the headers
-    cannot be compiled ahead, the compiler reads them as usual.
-    """
-    if "clang" in jittor.flags.cc_path:
-        return
-    # asm_tuner.py swaps the stores of large loops for ones that bypass the cache, which no step of
-    # ours gains from. Jittor reads every file that the command names to see whether it changed, so
-    # Python is not named there.
-    script = "compile_operator.sh"
-    jittor.flags.python_path = f"sh {in_cache([SETUP / script], cache) / script}"
-    os.environ["OVERLOCK_PYTHON"] = sys.executable
-    flags, linking = jittor.flags.cc_flags, ("-l", "-L", "-shared")
-    options = [flag for flag in shlex.split(flags) if not flag.startswith(linking)]
-    header = write_header(Path(cache) / "operators", SETUP / "operator_headers.h", key=flags)
-    if compile_header(header, jittor.flags.cc_path, options):
-        jittor.flags.cc_flags = f" -include'{header}' {flags}"
 
 
 @contextmanager
@@ -429,7 +319,11 @@ def import_jittor():
     check_paths()
     for number in (np.float32, np.float64):
         np.finfo(number)  # measured once; it would warn after Jittor turned subnormal numbers off
+    home = jittor_home()
     try:
+        os.makedirs(os.path.join(home, ".cache", "jittor"), exist_ok=True)
+        choose_cuda(home)  # which may change the Jittor that is copied
+        import_from_cache(home)
         with names_of_any_host():
             import jittor_utils  # which makes folders
         from jittor_utils import install_cuda
@@ -440,8 +334,7 @@ def import_jittor():
         )
     # A toolkit that Jittor downloaded once would come before nvcc_path, and update itself.
     install_cuda.has_installation = lambda: False
-    choose_cuda(jittor_utils.home())
-    provide_onednn(jittor_utils.home())
+    provide_onednn(home)
     # Jittor asks a python3.x-config. No virtual environment has one; another Python's may answer.
     jittor_utils._py3_include_path = f'-I"{headers}"'
     jittor_utils._py3_extension_suffix = sysconfig.get_config_var("EXT_SUFFIX")
