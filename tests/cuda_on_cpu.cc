@@ -97,18 +97,16 @@ static void depthwise(int B, int C, int H, int W, int K, int dilation) {
     const size_t size = (size_t)B * C * H * W;
     const int chunks = std::min(B, 16);
     const auto x = normal<T>(size), grad_y = normal<T>(size), weight = normal<T>(C * K * K), bias = normal<T>(C);
-    Result<T> y(size), grad_weight(C * K * K), grad_bias(C);
+    Result<T> y(size), grad_x(size), grad_weight(C * K * K), grad_bias(C);
     std::vector<float> partial((size_t)chunks * C * (K * K + 1), NAN);
-    for (const bool backward : {false, true}) {
-        overlock::depthwise(x.f(), weight.f(), backward ? nullptr : bias.f(), y.f(),
-                            B, C, H, W, K, dilation, true, backward);
-        overlock::depthwise<T>(x, weight, backward ? (const T*)nullptr : bias, y,
-                               B, C, H, W, K, dilation, true, backward, 0);
-        y.compare(backward ? "grad_x" : "y");
-    }
-    overlock::depthwise_grad_weight(x.f(), grad_y.f(), grad_weight.f(), grad_bias.f(), B, C, H, W, K, dilation);
-    overlock::depthwise_grad_weight<T>(x, grad_y, grad_weight, grad_bias, partial.data(),
-                                       B, C, H, W, K, dilation, chunks, 0);
+    overlock::depthwise(x.f(), weight.f(), bias.f(), y.f(), B, C, H, W, K, dilation, true);
+    overlock::depthwise<T>(x, weight, bias, y, B, C, H, W, K, dilation, true, 0);
+    y.compare("y");
+    overlock::depthwise_gradients(x.f(), weight.f(), grad_y.f(), grad_x.f(), grad_weight.f(), grad_bias.f(),
+                                  B, C, H, W, K, dilation, true);
+    overlock::depthwise_gradients<T>(x, weight, grad_y, grad_x, grad_weight, grad_bias, partial.data(),
+                                     B, C, H, W, K, dilation, true, chunks, 0);
+    grad_x.compare("grad_x");
     grad_weight.compare("grad_weight");
     grad_bias.compare("grad_bias");
 }

@@ -167,7 +167,9 @@ def test_paths_that_jittor_cannot_compile_in_are_named_before_it_starts(tmp_path
     result = python("import jittor_impl.models", HOME=str(tmp_path))
     assert stopped(result, "config.json, which Jittor wrote, is damaged; remove it"), result.stderr
     code = "import sysconfig; sysconfig.get_path = lambda _: '/opt/my python'"
-    result = python(f"{code}\nimport os; os.path.isfile = lambda _: True; import jittor_impl.models")
+    result = python(
+        f"{code}\nimport os; os.path.isfile = lambda _: True; import jittor_impl.models"
+    )
     assert stopped(result, "Python's headers lies in /opt/my python, which has ' '"), result.stderr
     assert time.perf_counter() - begin < 15
 

@@ -143,29 +143,24 @@ class DepthwiseConvFunction(jt.Function):
     def execute(self, x, weight, bias, dilation, residual):
         tensors = [x, weight] if bias is None else [x, weight, bias]
         check_types("DepthwiseConv: x, weight and bias", *tensors)
-        self.x, self.weight, self.bias, self.residual = x, weight, bias, residual
+        self.x, self.weight, self.bias = x, weight, bias
         B, C, H, W = x.shape
         self.sizes = {"B": B, "C": C, "H": H, "W": W, "K": weight.shape[2], "dilation": dilation}
-        return self.convolve([x, weight, bias], flip=False)
+        self.sizes["residual"] = int(residual)
+        return launch("depthwise", self.headers, [x, weight, bias], [x], self.sizes)[0]
 
     def grad(self, grad_y):
-        grad_y = cast(grad_y, self.x.dtype)
-        grad_x = self.convolve([grad_y, self.weight, None], flip=True)
         chunks = min(self.sizes["B"], 16)
-        grad_weight, *grad_bias = launch(
-            "depthwise_grad_weight",
+        grad_x, grad_weight, *grad_bias = launch(
+            "depthwise_gradients",
             self.headers,
-            [self.x, grad_y],
-            [self.weight, self.bias],
+            [self.x, self.weight, cast(grad_y, self.x.dtype)],
+            [self.x, self.weight, self.bias],
             self.sizes,
             scratch=[(chunks, self.sizes["C"], self.sizes["K"] ** 2 + 1)],
             gpu_numbers={"chunks": chunks},
         )
         return grad_x, grad_weight, *(grad_bias or [None]), None, None
-
-    def convolve(self, inputs, flip):
-        numbers = {**self.sizes, "residual": int(self.residual), "flip": int(flip)}
-        return launch("depthwise", self.headers, inputs, [self.x], numbers)[0]
 
 
 def fits_gpu(kernel_size, dilation):

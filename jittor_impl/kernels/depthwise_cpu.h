@@ -113,14 +113,14 @@ inline void convolve(const Taps& taps, const Lanes* framed, const Lanes* weight,
         convolve_rows<1>(taps, framed + (int64_t)i * taps.stride, weight, out + (int64_t)i * taps.W, add);
 }
 
-// y = x * weight (+ bias) (+ x if residual). flip: the gradient with respect to x, given that of y.
+// y = x * weight (+ bias) (+ x if residual)
 inline void depthwise(const float* x, const float* weight, const float* bias, float* y, int B, int C, int H, int W,
-                      int K, int dilation, bool residual, bool flip, Activation activation = IDENTITY) {
+                      int K, int dilation, bool residual, Activation activation = IDENTITY) {
     const Taps taps(H, W, K, dilation);
     const PlaneGroups planes(B, C);
     const int64_t pixels = (int64_t)H * W;
     Scratch weights, biases;
-    taps.spread(planes, weight, flip, weights);
+    taps.spread(planes, weight, false, weights);
     planes.spread(1, biases, [&](int c, int) { return bias ? bias[c] : 0; });
     #pragma omp parallel
     {
@@ -162,7 +162,11 @@ inline void correlate_taps(const Taps& taps, const Lanes* framed, const Lanes* g
 // sums (taps) += the gradient of the weights, from an image in its frame and the gradient (H*W) of the output.
 inline void correlate(const Taps& taps, const Lanes* framed, const Lanes* grad, Lanes* sums) {
     int k = 0;
-    for (; k + 8 <= taps.count; k += 8) correlate_taps<8>(taps, framed, grad, taps.offset.data() + k, sums + k);
+    for (; k + 9 < taps.count; k += 8) correlate_taps<8>(taps, framed, grad, taps.offset.data() + k, sums + k);
+    if (k + 9 == taps.count) {  // as for any odd square; the ninth alone would take as long as the eight
+        correlate_taps<9>(taps, framed, grad, taps.offset.data() + k, sums + k);
+        k += 9;
+    }
     for (; k + 4 <= taps.count; k += 4) correlate_taps<4>(taps, framed, grad, taps.offset.data() + k, sums + k);
     for (; k < taps.count; k++) correlate_taps<1>(taps, framed, grad, taps.offset.data() + k, sums + k);
 }
@@ -206,27 +210,37 @@ struct GroupSums {
     }
 };
 
-// grad_weight (C, K, K) and, unless null, grad_bias (C).
-inline void depthwise_grad_weight(const float* x, const float* grad_y, float* grad_weight, float* grad_bias,
-                                  int B, int C, int H, int W, int K, int dilation) {
+// The gradients with respect to x, weight and, unless null, bias, given that of y.
+inline void depthwise_gradients(const float* x, const float* weight, const float* grad_y, float* grad_x,
+                                float* grad_weight, float* grad_bias, int B, int C, int H, int W, int K, int dilation,
+                                bool residual) {
     const Taps taps(H, W, K, dilation);
     const PlaneGroups planes(B, C);
     const int64_t pixels = (int64_t)H * W;
+    Scratch weights;
+    taps.spread(planes, weight, true, weights);
     GroupSums sums(planes, taps.count + 1);  // the last one is the bias'
     #pragma omp parallel
     {
-        Scratch image, framed, grad;
+        Scratch image, grad, framed;
         image.resize(pixels);
-        framed.resize(taps.framed_size());
         grad.resize(pixels);
+        framed.resize(taps.framed_size());
         sums.for_groups([&](int64_t group, Lanes* sum) {
+            const int count = planes.count(group);
             const int64_t start = group * LANES * pixels;
-            to_lanes(x + start, planes.count(group), pixels, image.data);
+            to_lanes(x + start, count, pixels, image.data);
             taps.place(image.data, framed.data);
-            to_lanes(grad_y + start, planes.count(group), pixels, grad.data);
+            to_lanes(grad_y + start, count, pixels, grad.data);
             correlate(taps, framed.data, grad.data, sum);
             const Lanes* g = grad.data;
             if (grad_bias) sum[taps.count] += sum_of(pixels, [=](int64_t i) { return g[i]; });
+            taps.place(grad.data, framed.data);
+            Lanes* out = image.data;
+            convolve(taps, framed.data, weights.data + group % planes.patterns * taps.count, out);
+            if (residual)
+                for (int64_t i = 0; i < pixels; i++) out[i] += g[i];
+            from_lanes(out, count, pixels, grad_x + start);
         });
     }
     std::fill(grad_weight, grad_weight + (int64_t)C * K * K, 0.f);  // taps that reach no pixel
@@ -255,7 +269,7 @@ inline void merged_depthwise(const float* x, const Branch* branches, int count, 
             bias[c] += b.norm.shift(c, b.bias);
         }
     }
-    depthwise(x, weight.data(), bias.data(), y, B, C, H, W, K, 1, false, false, activation);
+    depthwise(x, weight.data(), bias.data(), y, B, C, H, W, K, 1, false, activation);
 }
 
 }  // namespace overlock

@@ -121,10 +121,10 @@ __global__ void depthwise_sum_kernel(const float* __restrict__ partial, T* __res
     else if (grad_bias) grad_bias[c] = (T)total;
 }
 
-// bias: null for none.
+// bias: null for none. flip: with the kernel turned by 180 degrees, the gradient with respect to x, given that of y.
 template <typename T>
-void depthwise(const T* x, const T* weight, const T* bias, T* y, int B, int C, int H, int W, int K, int dilation,
-               bool residual, bool flip, cudaStream_t stream) {
+void depthwise_pass(const T* x, const T* weight, const T* bias, T* y, int B, int C, int H, int W, int K, int dilation,
+                    bool residual, bool flip, cudaStream_t stream) {
     const int side = DEPTHWISE_SIDE + 2 * dilation * (K / 2);
     const int tiles = blocks_of(H, DEPTHWISE_SIDE) * blocks_of(W, DEPTHWISE_SIDE);
     const dim3 grid(tiles, C, B);
@@ -132,10 +132,18 @@ void depthwise(const T* x, const T* weight, const T* bias, T* y, int B, int C, i
                     x, weight, bias, y, C, H, W, K, dilation, residual, flip);
 }
 
+template <typename T>
+void depthwise(const T* x, const T* weight, const T* bias, T* y, int B, int C, int H, int W, int K, int dilation,
+               bool residual, cudaStream_t stream) {
+    depthwise_pass(x, weight, bias, y, B, C, H, W, K, dilation, residual, false, stream);
+}
+
 // grad_bias: null for none. partial: scratch memory, (chunks, C, K*K + 1).
 template <typename T>
-void depthwise_grad_weight(const T* x, const T* grad_y, T* grad_weight, T* grad_bias, float* partial,
-                           int B, int C, int H, int W, int K, int dilation, int chunks, cudaStream_t stream) {
+void depthwise_gradients(const T* x, const T* weight, const T* grad_y, T* grad_x, T* grad_weight, T* grad_bias,
+                         float* partial, int B, int C, int H, int W, int K, int dilation, bool residual, int chunks,
+                         cudaStream_t stream) {
+    depthwise_pass(grad_y, weight, (const T*)nullptr, grad_x, B, C, H, W, K, dilation, residual, true, stream);
     const int side = DEPTHWISE_SIDE + 2 * dilation * (K / 2), tiles = side * side + DEPTHWISE_PIXELS;
     const size_t bytes = std::max(tiles, TAP_THREADS * STRIP) * sizeof(float);
     const dim3 grid(C, chunks);

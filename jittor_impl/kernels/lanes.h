@@ -76,30 +76,101 @@ inline void transpose8(const float* source, int64_t source_stride, float* target
 #endif
 }
 
+// Four pixels of all lanes, between rows of 4 floats in memory and 4 vectors. A vector's quarters of 4 floats are loaded
+// and stored each by itself, so that only the 4x4 transposition within them is left to shuffles.
+#if defined(__AVX512F__)
+typedef __m512 Quarters;
+#define OVERLOCK_QUARTERS(operation) _mm512_##operation##_ps
+template <typename Row>
+inline Quarters join(int first, Row row) {  // rows first, first + 4, ...
+    Quarters joined = _mm512_castps128_ps512(row(first));
+    joined = _mm512_mask_broadcast_f32x4(joined, 0x00f0, row(first + 4));
+    joined = _mm512_mask_broadcast_f32x4(joined, 0x0f00, row(first + 8));
+    return _mm512_mask_broadcast_f32x4(joined, 0xf000, row(first + 12));
+}
+template <typename Store>
+inline void split(Quarters joined, int first, Store store) {
+    store(first, _mm512_castps512_ps128(joined));
+    store(first + 4, _mm512_extractf32x4_ps(joined, 1));
+    store(first + 8, _mm512_extractf32x4_ps(joined, 2));
+    store(first + 12, _mm512_extractf32x4_ps(joined, 3));
+}
+#elif defined(__AVX__)
+typedef __m256 Quarters;
+#define OVERLOCK_QUARTERS(operation) _mm256_##operation##_ps
+template <typename Row>
+inline Quarters join(int first, Row row) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(row(first)), row(first + 4), 1);
+}
+template <typename Store>
+inline void split(Quarters joined, int first, Store store) {
+    store(first, _mm256_castps256_ps128(joined));
+    store(first + 4, _mm256_extractf128_ps(joined, 1));
+}
+#endif
+
+#ifdef __AVX__
+inline void transpose_quarters(Quarters* q) {
+    const Quarters a = OVERLOCK_QUARTERS(unpacklo)(q[0], q[1]), b = OVERLOCK_QUARTERS(unpacklo)(q[2], q[3]),
+                   c = OVERLOCK_QUARTERS(unpackhi)(q[0], q[1]), d = OVERLOCK_QUARTERS(unpackhi)(q[2], q[3]);
+    q[0] = OVERLOCK_QUARTERS(shuffle)(a, b, 0x44);
+    q[1] = OVERLOCK_QUARTERS(shuffle)(a, b, 0xee);
+    q[2] = OVERLOCK_QUARTERS(shuffle)(c, d, 0x44);
+    q[3] = OVERLOCK_QUARTERS(shuffle)(c, d, 0xee);
+}
+
+template <bool ALL>
+inline void pixels_to_lanes(const float* source, int channels, int64_t pixels, Lanes* target) {
+    Quarters q[4];
+    for (int r = 0; r < 4; r++)
+        q[r] = join(r, [=](int c) {
+            return ALL || c < channels ? _mm_loadu_ps(source + c * pixels) : _mm_setzero_ps();
+        });
+    transpose_quarters(q);
+    for (int r = 0; r < 4; r++) target[r] = (Lanes)q[r];
+}
+
+template <bool ALL>
+inline void pixels_from_lanes(const Lanes* source, int channels, int64_t pixels, float* target) {
+    Quarters q[4];
+    for (int r = 0; r < 4; r++) q[r] = (Quarters)source[r];
+    transpose_quarters(q);
+    for (int r = 0; r < 4; r++)
+        split(q[r], r, [=](int c, __m128 row) {
+            if (ALL || c < channels) _mm_storeu_ps(target + c * pixels, row);
+        });
+}
+#undef OVERLOCK_QUARTERS
+#endif
+
 // (channels <= LANES, pixels) -> (pixels, LANES)
 inline void to_lanes(const float* source, int channels, int64_t pixels, Lanes* target) {
-    for (int c = 0; c < LANES; c += 8) {
-        float* out = reinterpret_cast<float*>(target) + c;
-        const float* in = source + c * pixels;
-        int64_t i = 0;
-        if (c + 8 <= channels)
-            for (; i + 8 <= pixels; i += 8) transpose8(in + i, pixels, out + i * LANES, LANES);
-        for (; i < pixels; i++)
-            for (int e = 0; e < 8; e++) out[i * LANES + e] = c + e < channels ? in[e * pixels + i] : 0.f;
+#ifdef __AVX__
+    for (int64_t i = 0; i < pixels && pixels >= 4; i += 4) {
+        const int64_t at = std::min(i, pixels - 4);  // the last ones again, where they are no multiple of 4
+        if (channels == LANES) pixels_to_lanes<true>(source + at, channels, pixels, target + at);
+        else pixels_to_lanes<false>(source + at, channels, pixels, target + at);
     }
+    if (pixels >= 4) return;
+#endif
+    float* out = reinterpret_cast<float*>(target);
+    for (int64_t i = 0; i < pixels; i++)
+        for (int c = 0; c < LANES; c++) out[i * LANES + c] = c < channels ? source[c * pixels + i] : 0.f;
 }
 
 // (pixels, LANES) -> (channels <= LANES, pixels)
 inline void from_lanes(const Lanes* source, int channels, int64_t pixels, float* target) {
-    for (int c = 0; c < channels; c += 8) {
-        const float* in = reinterpret_cast<const float*>(source) + c;
-        float* out = target + c * pixels;
-        int64_t i = 0;
-        if (c + 8 <= channels)
-            for (; i + 8 <= pixels; i += 8) transpose8(in + i * LANES, LANES, out + i, pixels);
-        for (; i < pixels; i++)
-            for (int e = 0; e < std::min(8, channels - c); e++) out[e * pixels + i] = in[i * LANES + e];
+#ifdef __AVX__
+    for (int64_t i = 0; i < pixels && pixels >= 4; i += 4) {
+        const int64_t at = std::min(i, pixels - 4);
+        if (channels == LANES) pixels_from_lanes<true>(source + at, channels, pixels, target + at);
+        else pixels_from_lanes<false>(source + at, channels, pixels, target + at);
     }
+    if (pixels >= 4) return;
+#endif
+    const float* in = reinterpret_cast<const float*>(source);
+    for (int64_t i = 0; i < pixels; i++)
+        for (int c = 0; c < channels; c++) target[c * pixels + i] = in[i * LANES + c];
 }
 
 }  // namespace overlock

@@ -48,7 +48,7 @@ void merged_depthwise(const T* x, const Branch* branches, int count, T* y, T* we
     given.count = count;
     const int K = branches[0].kernel;
     OVERLOCK_LAUNCH(merge_branches_kernel, blocks_of(C * (K * K + 1), 256), 256, 0, stream, given, weight, bias, C, K);
-    depthwise<T>(x, weight, bias, y, B, C, H, W, K, 1, false, false, stream);
+    depthwise<T>(x, weight, bias, y, B, C, H, W, K, 1, false, stream);
 }
 
 }  // namespace overlock

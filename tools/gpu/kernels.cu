@@ -50,10 +50,12 @@ typedef int64_t I;
 typedef void* M;   // maps of T
 typedef float* F;
 
-KERNEL(depthwise, (M x, M w, M b, M y, I B, I C, I H, I W, I K, I d, I residual, I flip),
-       depthwise((T*)x, (T*)w, (T*)b, (T*)y, B, C, H, W, K, d, residual, flip, 0))
-KERNEL(depthwise_grad_weight, (M x, M gy, M gw, M gb, F partial, I B, I C, I H, I W, I K, I d, I chunks),
-       depthwise_grad_weight((T*)x, (T*)gy, (T*)gw, (T*)gb, partial, B, C, H, W, K, d, chunks, 0))
+KERNEL(depthwise, (M x, M w, M b, M y, I B, I C, I H, I W, I K, I d, I residual),
+       depthwise((T*)x, (T*)w, (T*)b, (T*)y, B, C, H, W, K, d, residual, 0))
+KERNEL(depthwise_gradients, (M x, M w, M gy, M gx, M gw, M gb, F partial, I B, I C, I H, I W, I K, I d, I residual,
+                             I chunks),
+       depthwise_gradients((T*)x, (T*)w, (T*)gy, (T*)gx, (T*)gw, (T*)gb, partial, B, C, H, W, K, d, residual, chunks,
+                           0))
 KERNEL(batch_norm, (M x, F w, F b, F rm, F rv, M y, F m, F s, F nm, F nv, F sums, I B, I C, I P, I chunks),
        batch_norm((T*)x, w, b, rm, rv, (T*)y, m, s, nm, nv, sums, B, C, P, 1e-5, 0.1, chunks, 0))
 KERNEL(batch_norm_backward, (M x, F w, F m, F s, M gy, M gx, F gw, F gb, F sums, I B, I C, I P, I chunks),

@@ -174,17 +174,16 @@ class Cases:
         grad_y, y = self.normal(B, C, H, W), self.empty(B, C, H, W)
         leaves = X, Wt, Bs = [a.double().requires_grad_() for a in (x, weight, bias)]
         Y = F.conv2d(X, Wt, Bs, padding=d * (K // 2), dilation=d, groups=C) + X
-        grad_x, *grads = torch.autograd.grad(Y, leaves, grad_y.double())
+        grads = torch.autograd.grad(Y, leaves, grad_y.double())
         products = x.numel() * K * K
-        arguments = [x, weight, bias, y, *shape, 1, 0]
+        arguments = [x, weight, bias, y, *shape, 1]
         yield Case("depthwise", arguments, [y], [Y], shape, products=products)
-        arguments = [grad_y, weight, None, y, *shape, 1, 1]
-        yield Case("depthwise", arguments, [y], [grad_x], shape, products=products)
-        chunks, outputs = min(B, 16), [self.empty(C, 1, K, K), self.empty(C)]
+        outputs = [self.empty(B, C, H, W), self.empty(C, 1, K, K), self.empty(C)]
+        chunks = min(B, 16)
         scratch = self.scratch(chunks, C, K * K + 1)
-        arguments = [x, grad_y, *outputs, scratch, *shape, chunks]
-        name = "depthwise_grad_weight"
-        yield Case(name, arguments, outputs, grads, shape, [scratch], products)
+        arguments = [x, weight, grad_y, *outputs, scratch, *shape, 1, chunks]
+        name = "depthwise_gradients"
+        yield Case(name, arguments, outputs, grads, shape, [scratch], 2 * products)
 
     def merged(self, B, C, H, W, *branches):
         x, y, largest = self.normal(B, C, H, W), self.empty(B, C, H, W), branches[0][0]
