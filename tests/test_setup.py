@@ -239,7 +239,7 @@ def test_core_compiles_with_headers_compiled_ahead(works, tmp_path):
         if not works and "-include" in "".join(commands):
             raise RuntimeError
 
-    jittor_utils = SimpleNamespace(run_cmds=run)
+    jittor_utils = SimpleNamespace(run_cmds=run, get_total_mem=lambda: 2**40)
     compilation.compile_core_faster(jittor_utils)
     for _ in range(2):
         jittor_utils.run_cmds(commands, str(tmp_path), "", "Compiling jittor_core")
@@ -250,3 +250,4 @@ def test_core_compiles_with_headers_compiled_ahead(works, tmp_path):
     assert ran[1:] == ([ran[0]] if works else [commands, commands])
     jittor_utils.run_cmds(commands, str(tmp_path), "", "another")
     assert ran[-1] == commands
+    assert jittor_utils.get_total_mem() == len(os.sched_getaffinity(0)) * 3 * 2**30

@@ -17,6 +17,8 @@ from pathlib import Path
 from .atomic import replace_text
 
 FOLDER = Path(__file__).resolve().parent
+# Tests in C++, which Jittor compiles into its core, and tests in Python.
+TESTS = {"test", "mkl_test_op.cc", "mkl_test_op.h", "cpu_cnn_inference_f32.cpp"}
 # These files of Jittor define a name that the headers declare otherwise.
 WITHOUT_HEADERS = ("op_compiler.cc", "fp16_op_type.cc")
 
@@ -24,22 +26,21 @@ WITHOUT_HEADERS = ("op_compiler.cc", "fp16_op_type.cc")
 def import_from_cache(home):
     """Let this process import a copy of the environment's Jittor that lies in the cache.
 
-    Where an environment lies then matters to nothing that is compiled. Call it ahead of the import.
+    Where an environment lies then matters to nothing that is compiled. Jittor's tests are left out.
+    Call it ahead of the import.
     """
     roots = [Path(find_spec(name).origin).parent for name in ("jittor", "jittor_utils")]
-    files = {
-        Path(root.name, path.relative_to(root)): path
-        for root in roots
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.suffix != ".pyc"
-    }
+    paths = [path for root in roots for path in sorted(root.rglob("*")) if path.suffix != ".pyc"]
+    site = roots[0].parent
+    names = {path.relative_to(site): path for path in paths if path.is_file()}
+    files = {name: path for name, path in names.items() if TESTS.isdisjoint(name.parts)}
     # Its compiled .pyc files come along: Python would warn of Jittor's escapes as it makes them.
-    name = f"overlock-jittor-{sys.implementation.cache_tag}-{digest(files)}"
-    folder = Path(home) / ".cache" / "jittor" / name
+    key = f"{sys.implementation.cache_tag}-{digest(files)}"
+    folder = Path(home) / ".cache" / "jittor" / f"overlock-jittor-{key}"
     if not folder.exists():
-        temporary = folder.with_name(f"{name}.{os.getpid()}")
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
         for root in roots:
-            shutil.copytree(root, temporary / root.name)
+            shutil.copytree(root, temporary / root.name, ignore=shutil.ignore_patterns(*TESTS))
         try:
             temporary.rename(folder)
         except OSError:  # another process was there first
@@ -68,7 +69,11 @@ def compile_core_faster(jittor_utils):
 
     Where that cannot be done, it is compiled as usual.
     """
-    run_commands = jittor_utils.run_cmds
+    run_commands, memory = jittor_utils.run_cmds, jittor_utils.get_total_mem
+    # It has as many compilers as memory for 3 GiB each, which keep each other waiting where there
+    # are fewer processors.
+    processors = len(os.sched_getaffinity(0))
+    jittor_utils.get_total_mem = lambda: min(memory(), processors * 3 * 2**30)
 
     def run(commands, cache, folder, name="run_cmds"):
         # Jittor comes here at every start, to see whether each command is still that which it ran.
