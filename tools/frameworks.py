@@ -96,9 +96,9 @@ class Jittor(Adapter):
         module.execute = execute
 
     def run_forward_backward(self, function, inputs):
-        """function(*inputs), and a gradient of its shape pulled back to every input."""
+        """function(*inputs), and the gradient of its sum with respect to every input."""
         output = function(*inputs)
-        grads = self.jt.grad(output, list(inputs))  # ones: Jittor takes the gradient of the sum
+        grads = self.jt.grad(output, list(inputs))
         self.jt.sync([output, *grads])
 
     def run_inference(self, model, images):
@@ -166,9 +166,9 @@ class Torch(Adapter):
         module.register_forward_hook(lambda _, inputs, output: store(output))
 
     def run_forward_backward(self, function, inputs):
-        """function(*inputs), and a gradient of its shape pulled back to every input."""
+        """function(*inputs), and the gradient of its sum with respect to every input."""
         output = function(*inputs)
-        self.torch.autograd.grad(output, inputs, output.detach())
+        self.torch.autograd.grad(output, inputs, self.torch.ones_like(output))
 
     def run_inference(self, model, images):
         with self.torch.inference_mode():
