@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -86,7 +87,9 @@ def compile_core_faster(jittor_utils):
                 cpp = next(command for command in commands if source_of(command).suffix == ".cc")
                 # compiler, source, flags..., -c, -o, object
                 compiler, _, *flags, _, _, _ = shlex.split(cpp)
-                compile_header(header, compiler, flags)
+                without = [command for command in faster if header.name not in command]
+                meanwhile = partial(run_commands, without, cache, folder, name)
+                compile_header(header, compiler, flags, meanwhile)
             run_commands(faster, cache, folder, name)
         except RuntimeError:
             failed.touch()
@@ -125,12 +128,18 @@ def write_header(path, source, key=""):
     return header
 
 
-def compile_header(header, compiler, flags):
-    """Compile `header` ahead, beside it. Returns whether it is; the compiler then reads that."""
+def compile_header(header, compiler, flags, meanwhile=lambda: None):
+    """Compile `header` ahead, beside it, and run `meanwhile` at the same time.
+
+    Returns whether it is compiled; the compiler then reads that.
+    """
     compiled, temporary = Path(f"{header}.gch"), Path(f"{header}.{os.getpid()}")
     if not compiled.exists():
         command = [compiler, *flags, "-x", "c++-header", header, "-o", temporary]
-        if subprocess.run(command, capture_output=True).returncode == 0:
+        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with subprocess.Popen(command, **silent) as process:
+            meanwhile()
+        if process.returncode == 0:
             os.replace(temporary, compiled)
     return compiled.exists()
 
