@@ -169,7 +169,80 @@ inline void store_tile(const Lanes (&sum)[TILE_ROWS][2], float (&tile)[TILE_ROWS
 // Where column (image, u, v) of a product goes: pixel (u * step + y, v * step + x) of a map.
 struct Target {
     int channels, height, width, step, y, x;
+
+    int64_t plane() const { return (int64_t)height * width; }
+    int64_t place(const ColumnPlace& column) const {  // in the map's first channel
+        return column.image * channels * plane() + (int64_t)(column.u * step + y) * width + column.v * step + x;
+    }
 };
+
+// A product with six rows of its other operand at a time: `a` (row panel, k, 6 rows).
+struct RowPanels {
+    const float *a, *bias;
+    int depth;
+    const Target& target;
+    float* out;
+
+    void start(int r, Lanes (&sum)[TILE_ROWS][2]) const {
+        for (int i = 0; i < TILE_ROWS; i++)
+            sum[i][0] = sum[i][1] = Lanes{} + (bias && r + i < target.channels ? bias[r + i] : 0.f);
+    }
+    int rows(int r) const { return std::min(TILE_ROWS, target.channels - r); }
+};
+
+// The first n floats of a vector, each to its place.
+inline void scatter(const Lanes& lanes, const int64_t* place, int n, float* row) {
+    float values[LANES];
+    store(lanes, values);
+    for (int j = 0; j < n; j += RUN) {
+        if (j + RUN <= n && place[j + RUN - 1] == place[j] + RUN - 1)
+            std::memcpy(row + place[j], values + j, RUN * sizeof(float));
+        else for (int e = j; e < std::min(j + RUN, n); e++) row[place[e]] = values[e];
+    }
+}
+
+// With `count` packed columns, which go to place[column].
+inline void packed_product(const RowPanels& p, const float* b, int count, const int64_t* place) {
+    for (int start = 0; start < count; start += TILE_COLS)  // a panel stays in the first-level cache
+        for (int r = 0; r < p.target.channels; r += TILE_ROWS) {
+            Lanes sum[TILE_ROWS][2];
+            p.start(r, sum);
+            add_products<TILE_ROWS, 2>(p.a + (int64_t)r * p.depth, 1, TILE_ROWS,
+                                       b + (int64_t)start * p.depth, TILE_COLS, LANES, p.depth, sum);
+            for (int h = 0; h < 2; h++) {
+                const int first = start + h * LANES, n = std::min(LANES, count - first);
+                const bool together = n == LANES && place[first + n - 1] == place[first] + n - 1;
+                for (int i = 0; i < p.rows(r); i++) {
+                    float* row = p.out + (r + i) * p.target.plane();
+                    if (together) store(sum[i][h], row + place[first]);
+                    else scatter(sum[i][h], place + first, n, row);
+                }
+            }
+        }
+}
+
+// With columns that are read where they are: those of a vector stand side by side, in the map and in the target.
+inline void product_in_place(const RowPanels& p, const Columns& g, Frames& frames, int64_t first, int count) {
+    std::vector<int64_t> offset;
+    for (int c = 0; c < g.channels; c++)
+        for (int t = 0; t < g.taps(); t++) offset.push_back(c * frames.plane + frames.offset[t]);
+    for (int start = 0; start < count; start += TILE_COLS) {
+        const float* b[2];
+        int64_t place[2];
+        for (int h = 0; h < 2; h++) {
+            const ColumnPlace column(g, first + std::min(start + h * LANES, count - LANES));
+            b[h] = frames.data() + frames.image(column.image) + column.u * frames.width + column.v;
+            place[h] = p.target.place(column);
+        }
+        for (int r = 0; r < p.target.channels; r += TILE_ROWS) {
+            Lanes sum[TILE_ROWS][2];
+            p.start(r, sum);
+            add_products_at<TILE_ROWS, 2>(p.a + (int64_t)r * p.depth, b, offset.data(), p.depth, sum);
+            for (int i = 0; i < p.rows(r); i++)
+                for (int h = 0; h < 2; h++) store(sum[i][h], p.out + (r + i) * p.target.plane() + place[h]);
+        }
+    }
+}
 
 // target = activation(bias + matrix * columns). matrix(row, channel, tap): the product's other operand, row = channel of
 // the target. An activation is for targets with step 1.
@@ -177,7 +250,7 @@ template <typename Matrix>
 inline void columns_product(const Columns& g, const float* map, Matrix matrix, const float* bias,
                             const Target& target, float* out, Activation activation = IDENTITY) {
     const int depth = g.channels * g.taps(), row_panels = (target.channels + TILE_ROWS - 1) / TILE_ROWS;
-    const int64_t columns = g.count(), plane = (int64_t)target.height * target.width;
+    const int64_t columns = g.count(), plane = target.plane();
     Scratch packed;  // row panel, k, 6 rows
     packed.resize(((int64_t)row_panels * depth * TILE_ROWS + LANES - 1) / LANES);
     float* a = reinterpret_cast<float*>(packed.data);
@@ -187,6 +260,9 @@ inline void columns_product(const Columns& g, const float* map, Matrix matrix, c
             for (int t = 0; t < g.taps(); t++)
                 for (int r = panel * TILE_ROWS; r < std::min((panel + 1) * TILE_ROWS, target.channels); r++)
                     a[((int64_t)panel * depth + c * g.taps() + t) * TILE_ROWS + r % TILE_ROWS] = matrix(r, c, t);
+    const RowPanels panels{a, bias, depth, target, out};
+    // Packing pays where many rows read what was packed.
+    const bool in_place = g.cols % LANES == 0 && target.step == 1 && row_panels <= 16;
     // A block of columns stays in the second-level cache; there are some blocks for each thread.
     const int64_t block =
         std::max<int64_t>(1, std::min<int64_t>({65536 / std::max(1, depth), 256, columns / 32}) / TILE_COLS)
@@ -194,44 +270,26 @@ inline void columns_product(const Columns& g, const float* map, Matrix matrix, c
     const int64_t blocks = (columns + block - 1) / block;
     #pragma omp parallel
     {
-        Scratch panels;
-        panels.resize(block * depth / LANES);
+        Scratch columns_of_block;
+        if (!in_place) columns_of_block.resize(block * depth / LANES);
+        float* b = reinterpret_cast<float*>(columns_of_block.data);
         Frames frames(g, map, images_of(g, block));
         std::vector<int64_t> place(block);
         #pragma omp for schedule(static)
         for (int64_t nth = 0; nth < blocks; nth++) {
             const int64_t first = nth * block;
             const int count = std::min(block, columns - first);
-            float* b = reinterpret_cast<float*>(panels.data);
-            pack(g, frames, first, count, depth, b);
-            ColumnPlace column(g, first);
-            for (int j = 0; j < count; j++, column.next())
-                place[j] = column.image * target.channels * plane
-                           + (int64_t)(column.u * target.step + target.y) * target.width
-                           + column.v * target.step + target.x;
-            for (int start = 0; start < count; start += TILE_COLS)  // a panel stays in the first-level cache
-                for (int r = 0; r < target.channels; r += TILE_ROWS) {
-                    Lanes sum[TILE_ROWS][2];
-                    for (int i = 0; i < TILE_ROWS; i++)
-                        sum[i][0] = sum[i][1] = Lanes{} + (bias && r + i < target.channels ? bias[r + i] : 0.f);
-                    add_products<TILE_ROWS, 2>(a + (int64_t)r * depth, 1, TILE_ROWS,
-                                               b + (int64_t)start * depth, TILE_COLS, LANES, depth, sum);
-                    float tile[TILE_ROWS][TILE_COLS];
-                    store_tile(sum, tile);
-                    for (int i = 0; i < std::min(TILE_ROWS, target.channels - r); i++) {
-                        float* row = out + (r + i) * plane;
-                        for (int j = start; j < std::min(start + TILE_COLS, count); j += RUN) {
-                            const int n = std::min(RUN, count - j);
-                            const float* values = tile[i] + j - start;
-                            if (n == RUN && place[j + RUN - 1] == place[j] + RUN - 1)
-                                std::memcpy(row + place[j], values, RUN * sizeof(float));
-                            else for (int e = 0; e < n; e++) row[place[j + e]] = values[e];
-                        }
-                    }
-                }
+            if (in_place) product_in_place(panels, g, frames, first, count);
+            else {
+                pack(g, frames, first, count, depth, b);
+                ColumnPlace column(g, first);
+                for (int j = 0; j < count; j++, column.next()) place[j] = target.place(column);
+                packed_product(panels, b, count, place.data());
+            }
             for (int j = 0, n; activation != IDENTITY && j < count; j += n) {  // n columns of one image
                 n = std::min<int64_t>(count - j, plane - (first + j) % plane);
-                for (int i = 0; i < target.channels; i++) activate(activation, out + i * plane + place[j], n);
+                const int64_t start = target.place(ColumnPlace(g, first + j));
+                for (int i = 0; i < target.channels; i++) activate(activation, out + i * plane + start, n);
             }
         }
     }

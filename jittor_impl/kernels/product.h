@@ -5,7 +5,8 @@ namespace overlock {
 
 // sum[r][v] += a(r, k) * b(k, v) over k < depth. Element a(r, k) is a[r * a_row + k * a_step]; b(k, v) are the LANES
 // floats at b + k * b_step + v * b_vector. Then the same for further `parts`, a_part and b_part floats on.
-// `sum` is an array that nothing points to: one that floats might be part of would be stored at every step. Six rows of two vectors keep both multiply-add units busy and fit 16 registers.
+// `sum` is an array that nothing points to: one that floats might be part of would be stored at every step. Six rows of
+// two vectors keep both multiply-add units busy and fit 16 registers.
 template <int R, int V>
 inline void add_products(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
                          int64_t b_vector, int depth, Lanes (&sum)[R][V], int parts = 1, int64_t a_part = 0,
@@ -20,6 +21,21 @@ inline void add_products(const float* a, int64_t a_row, int64_t a_step, const fl
                 if (V > 1) keep_in_register(factor);  // else it is loaded once more for each of V
                 for (int v = 0; v < V; v++) sum[r][v] += factor * column[v];
             }
+        }
+    }
+}
+
+// The same, where b(k, v) are the LANES floats at b[v] + offset[k], and a(r, k) is a[k * R + r].
+template <int R, int V>
+inline void add_products_at(const float* a, const float* const (&b)[V], const int64_t* offset, int depth,
+                            Lanes (&sum)[R][V]) {
+    for (int k = 0; k < depth; k++, a += R) {
+        Lanes column[V];
+        for (int v = 0; v < V; v++) column[v] = load(b[v] + offset[k]);
+        for (int r = 0; r < R; r++) {
+            Lanes factor = Lanes{} + a[r];
+            if (V > 1) keep_in_register(factor);
+            for (int v = 0; v < V; v++) sum[r][v] += factor * column[v];
         }
     }
 }
