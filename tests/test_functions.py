@@ -83,7 +83,15 @@ def convolution(x, weight, grad_y, stride, padding, dilation):
 
 @pytest.mark.parametrize(
     "shape",
-    [(3, 8, 16, 16), (17, 12, 4, 4), (2, 20, 2, 2), (5, 3, 7, 11), (70, 30, 1, 1), (2, 300, 9, 8)],
+    [
+        (3, 8, 16, 16),
+        (1, 5, 3, 16),
+        (17, 12, 4, 4),
+        (2, 20, 2, 2),
+        (5, 3, 7, 11),
+        (70, 30, 1, 1),
+        (2, 300, 9, 8),
+    ],
 )
 @pytest.mark.parametrize(
     "outs, kernel, stride, padding, dilation",
