@@ -352,13 +352,6 @@ inline void convolution_grad_x(const float* grad_y, const float* weight, float* 
         }
 }
 
-// TILE_COLS rows of TILE_COLS columns -> columns of rows.
-inline void transpose_tile(const float* source, float* target) {
-    for (int i = 0; i < TILE_COLS; i += 8)
-        for (int j = 0; j < TILE_COLS; j += 8)
-            transpose8(source + i * TILE_COLS + j, TILE_COLS, target + j * TILE_COLS + i, TILE_COLS);
-}
-
 inline void add_row(const float* row, int count, float* sums) {
     for (int e = 0; e < count; e++) sums[e] += row[e];
 }
@@ -396,13 +389,14 @@ inline void convolution_grad_weight(const float* x, const float* grad_y, float* 
                     float* pt = reinterpret_cast<float*>(transposed.data);
                     pack(identity, of_grad, first, count, a_rows, pa);
                     pack(g, of_x, first, count, b_rows, pb);
-                    for (int i = 0; i < (count + TILE_COLS - 1) / TILE_COLS * b_rows; i += TILE_COLS)
-                        transpose_tile(pb + i * TILE_COLS, pt + i * TILE_COLS);
+                    for (int i = 0; i < (count + TILE_COLS - 1) / TILE_COLS * b_rows; i += LANES)
+                        to_lanes(pb + i * TILE_COLS, LANES, TILE_COLS, transposed.data + i * 2);
                     for (int k = 0; k < channels * taps; k += TILE_COLS)
                         for (int r = 0; r < outs; r += TILE_ROWS) {
                             Lanes sum[TILE_ROWS][2] = {};
-                            add_products<TILE_ROWS, 2>(pa + r * TILE_COLS, TILE_COLS, 1, pt + k * TILE_COLS, TILE_COLS,
-                                                       LANES, TILE_COLS, sum, (count + TILE_COLS - 1) / TILE_COLS,
+                            add_products<TILE_ROWS, 2>(pa + r * TILE_COLS, TILE_COLS, 1, pt + k * TILE_COLS, LANES,
+                                                       LANES * TILE_COLS, TILE_COLS, sum,
+                                                       (count + TILE_COLS - 1) / TILE_COLS,
                                                        a_rows * TILE_COLS, b_rows * TILE_COLS);
                             float tile[TILE_ROWS][TILE_COLS];
                             store_tile(sum, tile);
