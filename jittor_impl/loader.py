@@ -13,6 +13,7 @@ import signal
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
 
 import numpy as np
@@ -38,7 +39,7 @@ class Loader:
 
         Raises what `read` raises. One such pass at a time.
         """
-        if self.workers == 0:
+        if self.workers == 0 or not lists:
             for batch in lists:
                 yield np.stack([self.read(*arguments) for arguments in batch])
             return
@@ -72,18 +73,25 @@ class Loader:
 
     def submit(self, place, batch):
         parts = [(start, batch[start : start + CHUNK]) for start in range(0, len(batch), CHUNK)]
-        return self.memory[place, : len(batch)], [
-            self.pool.submit(fill, place, start, part) for start, part in parts
-        ]
+        with unless_killed():
+            tasks = [self.pool.submit(fill, place, start, part) for start, part in parts]
+        return self.memory[place, : len(batch)], tasks
 
     def finished(self, images, tasks):
-        try:
+        with unless_killed():
             for task in tasks:
                 task.result()
-        except BrokenProcessPool:
-            remedy = "perhaps memory ran out; lower --workers"
-            raise InputError(f"a process that reads images was killed, {remedy}") from None
         return images
+
+
+@contextmanager
+def unless_killed():
+    """Raise InputError where the pool says, at whatever call, that one of its processes is gone."""
+    try:
+        yield
+    except BrokenProcessPool:
+        remedy = "perhaps memory ran out; lower --workers"
+        raise InputError(f"a process that reads images was killed, {remedy}") from None
 
 
 def become_worker(loader):

@@ -130,14 +130,24 @@ def test_a_damaged_photograph_is_named_when_it_is_read(photographs, tmp_path, wo
         epoch(train, 4)
 
 
-def test_a_worker_that_is_killed_ends_the_pass_in_one_line(photographs):
+@pytest.mark.parametrize("noticed", [False, True])
+def test_a_worker_that_is_killed_ends_the_pass_in_one_line(photographs, noticed):
+    """Whether its result is asked for next, or the pool has noticed before it takes a new task."""
     train, _ = load(photographs, workers=1)
     batches = train.batches(2, 0, 1)
     next(batches)
     (pid,) = train.loader.pool._processes
     os.kill(pid, signal.SIGKILL)
+    while noticed and not train.loader.pool._broken:
+        time.sleep(0.01)
     with pytest.raises(InputError, match="a process that reads images was killed"):
         list(batches)
+
+
+def test_a_process_without_images_reads_none(photographs):
+    _, val = load(photographs, workers=1)
+    val.share = lambda count: np.zeros(0, int)
+    assert list(val.batches(2)) == []
 
 
 def test_a_pass_that_ends_early_leaves_no_work_behind(photographs):
