@@ -159,6 +159,24 @@ def test_a_pass_that_ends_early_leaves_no_work_behind(photographs):
     assert np.array_equal(epoch(train, 4)[0], expected)
 
 
+def test_memory_is_that_of_the_job(tmp_path, monkeypatch):
+    """The least limit of its control group and those around it, of either version."""
+    loader, groups = module("loader"), tmp_path / "cgroup"
+    job = tmp_path / "memory" / "slurm" / "job"
+    job.mkdir(parents=True)
+    groups.write_text("7:memory:/slurm/job\n1:cpu:/\n")
+    (job / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (job.parent / "memory.limit_in_bytes").write_text("8000000\n")
+    assert loader.memory_limit(groups, tmp_path) == 8_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    groups.write_text("0::/elsewhere\n")
+    assert loader.memory_limit(groups, tmp_path) == loader.memory_limit(tmp_path / "none")
+    (tmp_path / "memory.max").write_text("9000000\n")
+    assert loader.memory_limit(groups, tmp_path) == 9_000_000
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4")
+    assert loader.default_cache() == loader.memory_limit() // 4 // 4
+
+
 def test_memory_is_bounded_and_counted(photographs):
     train, val = load(photographs)
     count = images.count_bytes([*train.photos])

@@ -13,8 +13,9 @@ import signal
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 from .errors import InputError
@@ -112,3 +113,27 @@ def fill(place, start, part):
 
 def default_workers():
     return min(8, len(os.sched_getaffinity(0)))
+
+
+def default_cache():
+    """Bytes: a quarter of the memory, shared among the processes that were started on this host."""
+    here = [os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")]
+    return memory_limit() // 4 // int(next(filter(None, here), 1))
+
+
+def memory_limit(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
+    """Bytes that this process may use: the machine's, or fewer in a container or a cluster's job."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError):
+        for line in Path(groups).read_text().splitlines():
+            # "0::/PATH" in version 2 of Linux's control groups, "7:memory:/PATH" in version 1
+            _, kind, path = line.split(":", 2)
+            mount, name = {
+                "": (root, "memory.max"),
+                "memory": (f"{root}/memory", "memory.limit_in_bytes"),
+            }.get(kind, (root, ""))
+            folder = Path(mount + path)
+            for group in (folder, *folder.parents):
+                with suppress(OSError, ValueError):  # there is none, or it is "max"
+                    limits.append(int((group / name).read_text()))
+    return min(limits)
