@@ -122,7 +122,7 @@ def default_cache():
 
 
 def memory_limit(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
-    """Bytes that this process may use: the machine's, or fewer in a container or a cluster's job."""
+    """Bytes that this process may use: the machine's, or those of its container or job."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with suppress(OSError):
         for line in Path(groups).read_text().splitlines():
@@ -132,7 +132,7 @@ def memory_limit(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
                 "": (root, "memory.max"),
                 "memory": (f"{root}/memory", "memory.limit_in_bytes"),
             }.get(kind, (root, ""))
-            folder = Path(mount + path)
+            folder = Path(f"{mount}{path}")
             for group in (folder, *folder.parents):
                 with suppress(OSError, ValueError):  # there is none, or it is "max"
                     limits.append(int((group / name).read_text()))
