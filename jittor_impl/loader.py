@@ -11,7 +11,7 @@ import mmap
 import os
 import signal
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
@@ -55,10 +55,8 @@ class Loader:
             while pending:
                 yield self.finished(*pending[0])
                 pending.popleft()
-        finally:  # an error or Ctrl-C does not wait for the rest
-            for _, tasks in pending:
-                for task in tasks:
-                    task.cancel()
+        finally:  # an error or Ctrl-C does not wait for the rest, but for what is being written
+            wait([task for _, tasks in pending for task in tasks if not task.cancel()])
 
     def start(self, batch_size):
         """Fork the workers, with memory for batches of this size."""
