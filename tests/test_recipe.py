@@ -245,6 +245,18 @@ def test_a_run_by_the_papers_recipe(impl, dataset, trained, tmp_path):
         assert f"val loss {float(rows[-1][column]):.4f}" in measured.stdout, measured.stderr
 
 
+def test_fine_tuning_goes_on_from_a_checkpoint(impl, dataset, trained, tmp_path):
+    """At its low rate the first epoch ends near where the checkpoint stood."""
+    output, _ = trained
+    last, data = output / f"last{impl.suffix}.safetensors", ["--data-dir", dataset]
+    options = ["--recipe", "finetune", "--img-size", 64, "--crop-pct", 1, "--epochs", 1, *SIZES]
+    result = run(*options, "--init", last, *data, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (row,) = table(tmp_path / f"log{impl.suffix}.csv")
+    before = table(output / f"log{impl.suffix}.csv")[-1]
+    assert float(row["val_loss"]) == pytest.approx(float(before["val_loss"]), rel=0.1)
+
+
 def test_resuming_goes_on_bit_for_bit(impl, dataset, trained, tmp_path):
     """With averaged weights, a cosine and drop path; read here, not by other processes."""
     options = [*PAPER, *SIZES, "--data-dir", dataset, "--output", tmp_path]
