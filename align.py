@@ -190,16 +190,16 @@ def first_step(f, args):
     main, aux = train.training_step(model, optimizer, images, labels, run_args)
     arrays |= take_outputs("training")
     arrays |= loss_and_gradients(f, model, optimizer, main + run_args.aux_loss_ratio * aux)
-    parameters = checkpoint.trainable(model)
     for name, value in checkpoint.model_arrays(model).items():
         if not name.endswith("num_batches_tracked"):
             arrays[f"step/{name}"] = value
     if run_args.ema_decay:
         average = train.make_model(run_args)
         average = average.double() if f.dtype == np.float64 else average
-        f.module("ema").ModelEma(average, run_args.ema_decay).update(model)
+        # Half of the way: at the recipe's decay one step moves an average by less than rounding.
+        f.module("ema").ModelEma(average, 0.5).update(model)
         for name, value in checkpoint.model_arrays(average).items():
-            if name in parameters:
+            if not name.endswith("num_batches_tracked"):
                 arrays[f"step/averaged {name}"] = value
     for group in optimizer.param_groups:
         options = np.array([group.get(name, getattr(optimizer, name, None)) for name in OPTIONS])

@@ -37,7 +37,7 @@ class Part(NamedTuple):
     """What this process computes of one part of a batch, and it computes one after another."""
 
     rows: slice  # of the images that it was given
-    places: np.ndarray  # of these in the part of the batch
+    places: np.ndarray  # of these in the batch
     share: float  # of the batch's images; 0: one that stands in where there is none for it
 
 
@@ -70,7 +70,7 @@ def parts_of(count, number):
     taken, start = [], 0
     for whole in np.array_split(np.arange(count), min(number, count)):
         own = own_places(len(whole))
-        places = own if len(own) else np.zeros(1, int)
+        places = whole[own] if len(own) else whole[:1]
         taken.append(Part(slice(start, start + len(places)), places, len(own) / count))
         start += len(places)
     return taken
@@ -78,8 +78,7 @@ def parts_of(count, number):
 
 def places_in_batch(count, number):
     """Which of a batch's `count` images this process is given, in the order of its `parts_of`."""
-    wholes = np.array_split(np.arange(count), min(number, count))
-    return np.concatenate([w[p.places] for w, p in zip(wholes, parts_of(count, number))])
+    return np.concatenate([part.places for part in parts_of(count, number)])
 
 
 def synchronise(model):
@@ -92,7 +91,7 @@ def synchronise(model):
 
 def take(model, part):
     """Let `model` compute this Part next: DropPath and BatchNorm ask which images they see."""
-    if WORLD_SIZE > 1:
+    if WORLD_SIZE > 1 or part.share < 1:
         for module in model.modules():
             if isinstance(module, (DropPath, SyncBatchNorm2d)):
                 module.part = part

@@ -348,7 +348,7 @@ class OverLoCK(nn.Module):
         """Let each DropPath draw, until the next call, by these numbers and its own name."""
         for name, module in self.named_modules():
             if isinstance(module, DropPath):
-                module.seed = [*seed, crc32(name.encode())]
+                module.seed, module.part = [*seed, crc32(name.encode())], None
 
     def reparam(self):
         """Merge the dilated branches of every block; outputs in evaluation mode stay equal."""

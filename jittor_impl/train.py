@@ -7,7 +7,6 @@ in PyTorch: the same options, weights, batches and files.
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import sys
@@ -51,6 +50,7 @@ from .distributed import (
 from .ema import ModelEma
 from .errors import InputError
 from .export import export
+from .loader import default_cache
 from .program import ArgumentParser, add_device_options, choose_device, number, run_program
 from .progress import Progress, say
 from .recipe import (
@@ -354,8 +354,7 @@ def load_data(args, train_per_class):
     """The training split, None for train_per_class=0, and the validation split."""
     crops, cache = None, args.cache_gib
     if args.img_size is not None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        cache = memory // 4 if cache is None else int(cache * 2**30)
+        cache = default_cache() if cache is None else int(cache * 2**30)
         crops = Crops(args.img_size, args.crop_pct, train_transform(args), args.workers, cache)
     counts = args.num_classes, train_per_class, args.val_per_class
     train, val = load(args.data_dir, *counts, not args.no_progress, crops)

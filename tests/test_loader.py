@@ -132,12 +132,16 @@ def test_a_damaged_photograph_is_named_when_it_is_read(photographs, tmp_path, wo
         epoch(train, 4)
 
 
-def test_a_worker_that_is_killed_ends_the_pass_in_one_line(photographs):
+@pytest.mark.parametrize("noticed", [False, True])
+def test_a_worker_that_is_killed_ends_the_pass_in_one_line(photographs, noticed):
+    """Whether its result is asked for next, or the pool has noticed before it takes a new task."""
     train, _ = load(photographs, workers=1)
     batches = train.batches(2, 0, 1)
     next(batches)
     (pid,) = train.loader.pool._processes
     os.kill(pid, signal.SIGKILL)
+    while noticed and not train.loader.pool._broken:
+        time.sleep(0.01)
     with pytest.raises(InputError, match="a process that reads images was killed"):
         list(batches)
 
@@ -159,6 +163,12 @@ def test_more_workers_than_the_system_allows_are_one_line(photographs):
         assert process.exitcode is not None
 
 
+def test_a_process_without_images_reads_none(photographs):
+    _, val = load(photographs, workers=1)
+    val.share = lambda count: np.zeros(0, int)
+    assert list(val.batches(2)) == []
+
+
 def test_a_pass_that_ends_early_leaves_no_work_behind(photographs):
     train, _ = load(photographs, workers=1)
     batches = train.batches(2, 0, 1)
@@ -166,6 +176,24 @@ def test_a_pass_that_ends_early_leaves_no_work_behind(photographs):
     batches.close()
     expected, _ = epoch(load(photographs)[0], 4)
     assert np.array_equal(epoch(train, 4)[0], expected)
+
+
+def test_memory_is_that_of_the_job(tmp_path, monkeypatch):
+    """The least limit of its control group and those around it, of either version."""
+    loader, groups = module("loader"), tmp_path / "cgroup"
+    job = tmp_path / "memory" / "slurm" / "job"
+    job.mkdir(parents=True)
+    groups.write_text("7:memory:/slurm/job\n1:cpu:/\n")
+    (job / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (job.parent / "memory.limit_in_bytes").write_text("8000000\n")
+    assert loader.memory_limit(groups, tmp_path) == 8_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    groups.write_text("0::/elsewhere\n")
+    assert loader.memory_limit(groups, tmp_path) == loader.memory_limit(tmp_path / "none")
+    (tmp_path / "memory.max").write_text("9000000\n")
+    assert loader.memory_limit(groups, tmp_path) == 9_000_000
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4")
+    assert loader.default_cache() == loader.memory_limit() // 4 // 4
 
 
 def test_memory_is_bounded_and_counted(photographs):

@@ -296,6 +296,25 @@ def test_drop_path_is_drawn_by_seed_step_and_name(impl):
     assert np.array_equal(first[0], expected) and layers[0].seed[:2] == [3, 1]
 
 
+def test_a_batch_in_parts_drops_the_paths_of_the_whole(impl):
+    distributed = module("distributed")
+    model = models.overlock_xxt(num_classes=2, drop_path_rate=0.5)
+    model.train()
+    layer = [m for m in model.modules() if isinstance(m, models.DropPath)][-1]
+    ones = np.ones((22, 1, 1, 1), np.float32)
+    model.seed_drop_path(0, 1)
+    whole = impl.numpy(layer(impl.array(ones)))
+    parts = distributed.parts_of(22, 4)
+    for part in parts:
+        distributed.take(model, part)
+        kept = impl.numpy(layer(impl.array(ones[part.rows])))
+        assert np.array_equal(kept, whole[part.places])
+    assert len(parts) == 4 and len(np.unique(whole)) == 2
+    model.seed_drop_path(0, 1)  # the next batch may be a whole one
+    distributed.take(model, distributed.parts_of(1, 4)[0])
+    assert np.array_equal(impl.numpy(layer(impl.array(ones))), whole)
+
+
 def test_averaged_weights(impl):
     """One step of 1 - decay of the way, BatchNorm's statistics too."""
     model, average = (models.overlock_xxt(num_classes=2, seed=seed) for seed in (0, 1))
@@ -344,6 +363,18 @@ def test_a_run_by_the_papers_recipe(impl, dataset, trained, tmp_path):
         better = not words and averaged > float(rows[-1]["acc_top1"])
         says = f"its run measured top-1 {averaged:.4f} of the averaged weights"
         assert (says in measured.stdout) == better
+
+
+def test_fine_tuning_goes_on_from_a_checkpoint(impl, dataset, trained, tmp_path):
+    """At its low rate the first epoch ends near where the checkpoint stood."""
+    output, _ = trained
+    last, data = output / f"last{impl.suffix}.safetensors", ["--data-dir", dataset]
+    options = ["--recipe", "finetune", "--img-size", 64, "--crop-pct", 1, "--epochs", 1, *SIZES]
+    result = run(*options, "--init", last, *data, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (row,) = table(tmp_path / f"log{impl.suffix}.csv")
+    before = table(output / f"log{impl.suffix}.csv")[-1]
+    assert float(row["val_loss"]) == pytest.approx(float(before["val_loss"]), rel=0.1)
 
 
 def test_resuming_goes_on_bit_for_bit(impl, dataset, trained, tmp_path):

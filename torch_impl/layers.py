@@ -25,7 +25,7 @@ class DropPath(nn.Module):
 
     NumPy draws, so both frameworks drop the same: by `seed`, a list of numbers, where it is set
     (OverLoCK.seed_drop_path), else by NumPy's global generator. timm's arithmetic. `part`: which
-    samples of a larger batch these are, where another process has others (distributed.py).
+    samples of a larger batch these are, where it is computed in parts (distributed.py).
     """
 
     def __init__(self, drop_prob):

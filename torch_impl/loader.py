@@ -11,9 +11,11 @@ import mmap
 import os
 import signal
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from multiprocessing import active_children, get_context
+from pathlib import Path
 
 import numpy as np
 from .errors import InputError
@@ -38,7 +40,7 @@ class Loader:
 
         Raises what `read` raises. One such pass at a time.
         """
-        if self.workers == 0:
+        if self.workers == 0 or not lists:
             for batch in lists:
                 yield np.stack([self.read(*arguments) for arguments in batch])
             return
@@ -53,10 +55,8 @@ class Loader:
             while pending:
                 yield self.finished(*pending[0])
                 pending.popleft()
-        finally:  # an error or Ctrl-C does not wait for the rest
-            for _, tasks in pending:
-                for task in tasks:
-                    task.cancel()
+        finally:  # an error or Ctrl-C does not wait for the rest, but for what is being written
+            wait([task for _, tasks in pending for task in tasks if not task.cancel()])
 
     def start(self, batch_size):
         """Fork the workers, with memory for batches of this size."""
@@ -79,18 +79,25 @@ class Loader:
 
     def submit(self, place, batch):
         parts = [(start, batch[start : start + CHUNK]) for start in range(0, len(batch), CHUNK)]
-        return self.memory[place, : len(batch)], [
-            self.pool.submit(fill, place, start, part) for start, part in parts
-        ]
+        with unless_killed():
+            tasks = [self.pool.submit(fill, place, start, part) for start, part in parts]
+        return self.memory[place, : len(batch)], tasks
 
     def finished(self, images, tasks):
-        try:
+        with unless_killed():
             for task in tasks:
                 task.result()
-        except BrokenProcessPool:
-            remedy = "perhaps memory ran out; lower --workers"
-            raise InputError(f"a process that reads images was killed, {remedy}") from None
         return images
+
+
+@contextmanager
+def unless_killed():
+    """Raise InputError where the pool says, at whatever call, that one of its processes is gone."""
+    try:
+        yield
+    except BrokenProcessPool:
+        remedy = "perhaps memory ran out; lower --workers"
+        raise InputError(f"a process that reads images was killed, {remedy}") from None
 
 
 def become_worker(loader):
@@ -111,3 +118,27 @@ def fill(place, start, part):
 
 def default_workers():
     return min(8, len(os.sched_getaffinity(0)))
+
+
+def default_cache():
+    """Bytes: a quarter of the memory, shared among the processes that were started on this host."""
+    here = [os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")]
+    return memory_limit() // 4 // int(next(filter(None, here), 1))
+
+
+def memory_limit(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
+    """Bytes that this process may use: the machine's, or those of its container or job."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError):
+        for line in Path(groups).read_text().splitlines():
+            # "0::/PATH" in version 2 of Linux's control groups, "7:memory:/PATH" in version 1
+            _, kind, path = line.split(":", 2)
+            mount, name = {
+                "": (root, "memory.max"),
+                "memory": (f"{root}/memory", "memory.limit_in_bytes"),
+            }.get(kind, (root, ""))
+            folder = Path(f"{mount}{path}")
+            for group in (folder, *folder.parents):
+                with suppress(OSError, ValueError):  # there is none, or it is "max"
+                    limits.append(int((group / name).read_text()))
+    return min(limits)

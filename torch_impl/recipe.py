@@ -123,7 +123,7 @@ def add_recipe_options(parser):
     add("--mixup-switch-prob", type=share, help="probability of cutmix where both are on")
     ahead = "processes that read images ahead of the step (with --img-size)"
     add("--workers", type=count, default=default_workers(), help=ahead)
-    cache = "memory for decoded images (with --img-size); None: a quarter of the machine's"
+    cache = "memory for decoded images (with --img-size); None: a quarter of the job's"
     add("--cache-gib", type=number(float, 0, maximum=2**20), help=cache)
 
 

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +40,7 @@ def import_from_cache(home):
     key = f"{sys.implementation.cache_tag}-{digest(files)}"
     folder = Path(home) / ".cache" / "jittor" / f"overlock-jittor-{key}"
     if not folder.exists():
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
         for root in roots:
             shutil.copytree(root, temporary / root.name, ignore=shutil.ignore_patterns(*TESTS))
         try:
