@@ -170,7 +170,7 @@ def settle_recipe(args):
             "give fewer, or more --epochs"
         )
     if args.sched == "constant" and args.cooldown_epochs:
-        raise InputError("--cooldown-epochs is for --sched cosine; leave it out")
+        raise InputError("--cooldown-epochs is for --sched cosine; give that too, or leave it out")
     for name in ("scale", "ratio"):
         bounds = getattr(args, name)
         if bounds and bounds[0] > bounds[1]:

@@ -281,6 +281,20 @@ def differing(started, args):
     return {name: started[name] for name, value in own.items() if value != started[name]}
 
 
+def how_started(options):
+    """What to say of a run of these {option: value}, and what to do; None is without the option."""
+    given = [option_words(name, value) for name, value in options.items() if value is not None]
+    absent = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is None]
+    was, remedies = [], []
+    if given:
+        was.append(f"with {shlex.join(sum(given, []))}")
+        remedies.append("give that too")
+    if absent:
+        was.append(f"without {' '.join(absent)}")
+        remedies.append(f"leave {' '.join(absent) if given else 'it'} out")
+    return f"{' and '.join(was)}; {', '.join(remedies)}"
+
+
 def check_resumable(run, args, path):
     """Raise InputError unless `args` are those of the run that wrote the checkpoint at `path`."""
     if not run:
@@ -292,25 +306,16 @@ def check_resumable(run, args, path):
     if wrong and args.recipe != started["recipe"]:
         name = started["recipe"]
         wrong = {"recipe": name, **differing(started, with_recipe(args, name))}
-    absent = [name for name, value in wrong.items() if value is None]
-    if not args.given.issuperset(absent):  # TinyImageNet is not taken whole by default
-        wrong["data_dir"] = started["data_dir"]
-    given = [option_words(name, value) for name, value in wrong.items() if value is not None]
-    absent = " ".join(f"--{name.replace('_', '-')}" for name in absent if name in args.given)
-    was, remedies = [], []
-    if given:
-        was.append(f"with {shlex.join(sum(given, []))}")
-        remedies.append("give that too")
-    if absent:
-        was.append(f"without {absent}")
-        remedies.append(f"leave {absent if given else 'it'} out")
+    if not args.given.issuperset(name for name, value in wrong.items() if value is None):
+        wrong["data_dir"] = started["data_dir"]  # TinyImageNet alone is not taken whole by default
     if wrong:
-        was, remedy = " and ".join(was), ", ".join((*remedies, "or start anew with --init"))
-        raise InputError(f"the run in {path} was started {was}; {remedy}")
+        how = how_started({k: v for k, v in wrong.items() if v is not None or k in args.given})
+        raise InputError(f"the run in {path} was started {how}, or start anew with --init")
     if run["epoch"] >= total_epochs(args):
         remedy = "give a larger --epochs to go on"
         if args.sched == "cosine":  # at the end of which the learning rate has come down
-            remedy = f"to train further, start anew from it with --init {path}, without --resume"
+            init = f"--init {shlex.quote(str(path))}"
+            remedy = f"to train further, start anew from it with {init}, without --resume"
         raise InputError(f"the run in {path} has done its {run['epoch']} epochs; {remedy}")
 
 
