@@ -161,8 +161,9 @@ inline void pack(const Columns& g, Frames& frames, int64_t first, int count, int
     }
 }
 
-inline void store_tile(const Lanes (&sum)[TILE_ROWS][2], float (&tile)[TILE_ROWS][TILE_COLS]) {
-    for (int i = 0; i < TILE_ROWS; i++)
+template <int R>
+inline void store_tile(const Lanes (&sum)[R][2], float (&tile)[R][TILE_COLS]) {
+    for (int i = 0; i < R; i++)
         for (int h = 0; h < 2; h++) store(sum[i][h], tile[i] + h * LANES);
 }
 
@@ -352,78 +353,169 @@ inline void convolution_grad_x(const float* grad_y, const float* weight, float* 
         }
 }
 
-inline void add_row(const float* row, int count, float* sums) {
-    for (int e = 0; e < count; e++) sums[e] += row[e];
+// n things in parts of at most `most`, all but the last of one size.
+struct Cut {
+    int n, parts, size;
+
+    Cut(int n, int most) : n(n), parts((n + most - 1) / most), size((n + parts - 1) / parts) {
+        parts = (n + size - 1) / size;
+    }
+    int first(int part) const { return part * size; }
+    int count(int part) const { return std::min(size, n - first(part)); }
+};
+
+// The gradient of a convolution's weights (outs, depth), in parts of its rows and of its columns. Where there are few,
+// what is summed over is cut into chunks at fixed places, and these are added up.
+struct WeightSums {
+    const int depth, chunks;
+    const int64_t size;
+    float* const grad_weight;
+    std::vector<float> partial;
+
+    // most: of the chunks.
+    WeightSums(int outs, int depth, int parts, int64_t most, float* grad_weight)
+        : depth(depth), chunks(std::max<int64_t>(1, std::min<int64_t>(16 / parts, most))), size((int64_t)outs * depth),
+          grad_weight(grad_weight), partial(chunks > 1 ? chunks * size : 0) {
+        if (chunks == 1) std::fill_n(grad_weight, size, 0.f);
+    }
+
+    // A tile at row r and column k, as far as there are so many rows and columns.
+    template <int R>
+    void add(int chunk, int r, int k, const Lanes (&sum)[R][2], int rows, int columns) {
+        float* target = (chunks > 1 ? partial.data() + chunk * size : grad_weight) + (int64_t)r * depth + k;
+        float tile[R][TILE_COLS];
+        store_tile(sum, tile);
+        for (int i = 0; i < std::min(R, rows); i++, target += depth)
+            for (int e = 0; e < std::min(TILE_COLS, columns); e++) target[e] += tile[i][e];
+    }
+
+    // Within a parallel region, by all threads.
+    void finish() {
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < (chunks > 1 ? size : 0); i++) {
+            float sum = 0;
+            for (int chunk = 0; chunk < chunks; chunk++) sum += partial[chunk * size + i];
+            grad_weight[i] = sum;
+        }
+    }
+};
+
+// A tile of the product below, over `images` that follow each other.
+template <int R>
+inline void pointwise_tile(WeightSums& sums, int chunk, const float* grad_y, int outs, int plane, int row,
+                           const float* lanes, int64_t group, int images, int column, int columns) {
+    Lanes sum[R][2] = {};
+    add_products<R, 2>(grad_y + (int64_t)row * plane, plane, 1, lanes, LANES, group * LANES, plane, sum, images,
+                       (int64_t)outs * plane, (int64_t)plane * LANES);
+    sums.add(chunk, row, column, sum, R, columns);
+}
+
+// grad_weight where each pixel is looked at by itself: grad_y is read where it is, x goes into lanes.
+inline void pointwise_grad_weight(const float* x, const float* grad_y, float* grad_weight, const Convolution& c) {
+    const int outs = c.out_channels, ins = c.in_channels, plane = c.height * c.width;
+    const Cut rows(outs, 256), columns(ins, 256);
+    WeightSums sums(outs, ins, rows.parts * columns.parts, c.images, grad_weight);
+    const int block = std::min(c.images, std::max(1, 512 / plane));  // images at a time
+    const int64_t group = (int64_t)block * plane;  // vectors of LANES channels
+    #pragma omp parallel
+    {
+        Scratch lanes;  // group of channels, image, pixel; an even number of groups
+        lanes.resize((whole_vectors(columns.size) / LANES + 1) * group);
+        #pragma omp for collapse(3) schedule(static)
+        for (int chunk = 0; chunk < sums.chunks; chunk++)
+            for (int part = 0; part < rows.parts; part++)
+                for (int nth = 0; nth < columns.parts; nth++) {
+                    const int column = columns.first(nth), count = columns.count(nth);
+                    const int end = c.images * (chunk + 1) / sums.chunks;
+                    for (int first = c.images * chunk / sums.chunks; first < end; first += block) {
+                        const int images = std::min(block, end - first);
+                        for (int n = 0; n < images; n++)
+                            for (int k = 0; k < count; k += LANES)
+                                to_lanes(x + ((int64_t)(first + n) * ins + column + k) * plane,
+                                         std::min(LANES, count - k), plane,
+                                         lanes.data + k / LANES * group + (int64_t)n * plane);
+                        const float* grad = grad_y + (int64_t)first * outs * plane;
+                        for (int k = 0; k < count; k += TILE_COLS) {
+                            const float* b = reinterpret_cast<const float*>(lanes.data + k / LANES * group);
+                            const auto tile = [&](auto height, int r) {
+                                pointwise_tile<height>(sums, chunk, grad, outs, plane, rows.first(part) + r, b, group,
+                                                       images, column + k, count - k);
+                            };
+                            int r = 0;
+                            for (; r + TILE_ROWS <= rows.count(part); r += TILE_ROWS)
+                                tile(std::integral_constant<int, TILE_ROWS>(), r);
+                            for (; r < rows.count(part); r++) tile(std::integral_constant<int, 1>(), r);
+                        }
+                    }
+                }
+        sums.finish();
+    }
+}
+
+// grad_bias (outs): the sums of grad_y (images, outs, plane).
+inline void sum_planes(const float* grad_y, int images, int outs, int64_t plane, float* grad_bias) {
+    #pragma omp parallel for schedule(static)
+    for (int r = 0; r < outs; r++) {
+        float total = 0;
+        for (int n = 0; n < images; n++) {
+            const float* grad = grad_y + ((int64_t)n * outs + r) * plane;
+            float sum = 0;
+            for (int64_t i = 0; i < plane; i++) sum += grad[i];
+            total += sum;
+        }
+        grad_bias[r] = total;
+    }
 }
 
 // grad_weight (out, in, kernel_h, kernel_w) and, unless null, grad_bias (out).
 inline void convolution_grad_weight(const float* x, const float* grad_y, float* grad_weight, float* grad_bias,
                                     const Convolution& c) {
     const Columns g = c.columns();
+    if (grad_bias) sum_planes(grad_y, c.images, c.out_channels, (int64_t)g.rows * g.cols, grad_bias);
+    if (g.taps() == 1 && c.stride == 1 && c.padding == 0) return pointwise_grad_weight(x, grad_y, grad_weight, c);
     const Columns identity{c.images, c.out_channels, g.rows, g.cols, g.rows, g.cols, 1, {0}, {0}};
-    const int taps = g.taps(), depth = c.in_channels * taps, outs = c.out_channels;
-    const int64_t columns = g.count(), size = (int64_t)outs * depth;
-    const int block = 256;  // columns packed at a time
-    const int chunks = std::max<int64_t>(1, std::min<int64_t>({16, (columns + block - 1) / block, (1 << 23) / size}));
-    const int group = std::max(1, std::min(c.in_channels, 256 / taps)), groups = (c.in_channels + group - 1) / group;
-    const int a_rows = (outs + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS,
-              b_rows = (group * taps + TILE_COLS - 1) / TILE_COLS * TILE_COLS;
-    std::vector<float> partial(chunks * size), partial_bias((int64_t)chunks * outs);
+    const int taps = g.taps(), outs = c.out_channels, block = 256;  // columns packed at a time
+    const Cut rows(outs, 256), channels(c.in_channels, std::max(1, 256 / taps));
+    const int64_t count = g.count();
+    WeightSums sums(outs, c.in_channels * taps, rows.parts * channels.parts, (count + block - 1) / block, grad_weight);
+    const int a_rows = (rows.size + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS,
+              b_rows = (channels.size * taps + TILE_COLS - 1) / TILE_COLS * TILE_COLS;
     #pragma omp parallel
     {
         Scratch a, b, transposed;
         a.resize((int64_t)block * a_rows / LANES);
         b.resize((int64_t)block * b_rows / LANES);
         transposed.resize((int64_t)block * b_rows / LANES);
+        float *pa = reinterpret_cast<float*>(a.data), *pb = reinterpret_cast<float*>(b.data);
+        const float* pt = reinterpret_cast<const float*>(transposed.data);
         Frames of_x(g, x, images_of(g, block)), of_grad(identity, grad_y, images_of(g, block));
-        #pragma omp for collapse(2) schedule(static)
-        for (int chunk = 0; chunk < chunks; chunk++)
-            for (int nth = 0; nth < groups; nth++) {
-                const int first_channel = nth * group, channels = std::min(group, c.in_channels - first_channel);
-                float* sums = partial.data() + chunk * size + first_channel * taps;
-                of_x.set_channels(first_channel, channels);
-                const int64_t end = columns * (chunk + 1) / chunks;
-                for (int64_t first = columns * chunk / chunks; first < end; first += block) {
-                    const int count = std::min<int64_t>(block, end - first);
-                    float *pa = reinterpret_cast<float*>(a.data), *pb = reinterpret_cast<float*>(b.data);
-                    float* pt = reinterpret_cast<float*>(transposed.data);
-                    pack(identity, of_grad, first, count, a_rows, pa);
-                    pack(g, of_x, first, count, b_rows, pb);
-                    for (int i = 0; i < (count + TILE_COLS - 1) / TILE_COLS * b_rows; i += LANES)
-                        to_lanes(pb + i * TILE_COLS, LANES, TILE_COLS, transposed.data + i * 2);
-                    for (int k = 0; k < channels * taps; k += TILE_COLS)
-                        for (int r = 0; r < outs; r += TILE_ROWS) {
-                            Lanes sum[TILE_ROWS][2] = {};
-                            add_products<TILE_ROWS, 2>(pa + r * TILE_COLS, TILE_COLS, 1, pt + k * TILE_COLS, LANES,
-                                                       LANES * TILE_COLS, TILE_COLS, sum,
-                                                       (count + TILE_COLS - 1) / TILE_COLS,
-                                                       a_rows * TILE_COLS, b_rows * TILE_COLS);
-                            float tile[TILE_ROWS][TILE_COLS];
-                            store_tile(sum, tile);
-                            for (int i = 0; i < std::min(TILE_ROWS, outs - r); i++)
-                                add_row(tile[i], std::min(TILE_COLS, channels * taps - k),
-                                        sums + (int64_t)(r + i) * depth + k);
-                        }
-                    for (int r = 0; grad_bias && nth == 0 && r < outs; r++) {
-                        Lanes sum = {};
-                        for (int start = 0; start < count; start += TILE_COLS)
-                            for (int h = 0; h < 2; h++)
-                                sum += a.data[((int64_t)start * a_rows + r * TILE_COLS) / LANES + h];
-                        for (int e = 0; e < LANES; e++) partial_bias[(int64_t)chunk * outs + r] += sum[e];
+        #pragma omp for collapse(3) schedule(static)
+        for (int chunk = 0; chunk < sums.chunks; chunk++)
+            for (int part = 0; part < rows.parts; part++)
+                for (int nth = 0; nth < channels.parts; nth++) {
+                    const int row = rows.first(part), height = rows.count(part);
+                    const int column = channels.first(nth) * taps, width = channels.count(nth) * taps;
+                    of_grad.set_channels(row, height);
+                    of_x.set_channels(channels.first(nth), channels.count(nth));
+                    const int64_t end = count * (chunk + 1) / sums.chunks;
+                    for (int64_t first = count * chunk / sums.chunks; first < end; first += block) {
+                        const int columns = std::min<int64_t>(block, end - first);
+                        const int panels = (columns + TILE_COLS - 1) / TILE_COLS;
+                        pack(identity, of_grad, first, columns, a_rows, pa);
+                        pack(g, of_x, first, columns, b_rows, pb);
+                        for (int i = 0; i < panels * b_rows; i += LANES)
+                            to_lanes(pb + i * TILE_COLS, LANES, TILE_COLS, transposed.data + i * 2);
+                        for (int k = 0; k < width; k += TILE_COLS)
+                            for (int r = 0; r < height; r += TILE_ROWS) {
+                                Lanes sum[TILE_ROWS][2] = {};
+                                add_products<TILE_ROWS, 2>(pa + r * TILE_COLS, TILE_COLS, 1, pt + k * TILE_COLS, LANES,
+                                                           LANES * TILE_COLS, TILE_COLS, sum, panels,
+                                                           a_rows * TILE_COLS, b_rows * TILE_COLS);
+                                sums.add(chunk, row + r, column + k, sum, height - r, width - k);
+                            }
                     }
                 }
-            }
-        #pragma omp for schedule(static)
-        for (int64_t i = 0; i < size; i++) {
-            float sum = 0;
-            for (int chunk = 0; chunk < chunks; chunk++) sum += partial[chunk * size + i];
-            grad_weight[i] = sum;
-        }
-    }
-    for (int r = 0; grad_bias && r < outs; r++) {
-        float sum = 0;
-        for (int chunk = 0; chunk < chunks; chunk++) sum += partial_bias[(int64_t)chunk * outs + r];
-        grad_bias[r] = sum;
+        sums.finish();
     }
 }
 
