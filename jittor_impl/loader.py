@@ -14,7 +14,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +68,14 @@ class Loader:
         shared = mmap.mmap(-1, int(np.prod(shape)))
         self.memory = np.frombuffer(shared, np.uint8).reshape(shape)
         fork = dict(mp_context=get_context("fork"), initializer=become_worker, initargs=(self,))
-        self.pool = ProcessPoolExecutor(self.workers, **fork)
+        try:
+            self.pool = ProcessPoolExecutor(self.workers, **fork)
+            self.pool.submit(os.getpid)  # the first task forks them all
+        except (OSError, RuntimeError) as error:  # no more processes, threads or open files
+            for process in active_children():  # which would wait for tasks for ever
+                process.kill()
+            what = f"cannot start {self.workers} processes that read images ({error})"
+            raise InputError(f"{what}; lower --workers") from None
 
     def submit(self, place, batch):
         parts = [(start, batch[start : start + CHUNK]) for start in range(0, len(batch), CHUNK)]

@@ -13,7 +13,20 @@ from .distributed import RANK, await_launcher, follow_rank_0, leave, stop
 from .errors import InputError, is_out_of_memory
 
 
+class Options(argparse.Namespace):
+    """The values of options; `given`, which is not one of them, names those of the command line."""
+
+    __slots__ = ("given",)
+
+
 class ArgumentParser(argparse.ArgumentParser):
+    def parse_args(self, words=None):
+        args, unset = super().parse_args(words, Options()), object()
+        again = argparse.Namespace(**dict.fromkeys(vars(args), unset))
+        found = vars(super().parse_args(words, again))
+        args.given = {name for name, value in found.items() if value is not unset}
+        return args
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
@@ -64,6 +77,13 @@ def choose_device(args):
     return f"CPU, {threads} threads"
 
 
+def out_of_memory(args):
+    """The line of a program that has no memory left: which options to lower."""
+    options = [key for key in ("batch_size", "img_size") if vars(args).get(key)]
+    lower = [f"--{key.replace('_', '-')} ({vars(args)[key]})" for key in options]
+    return f"error: out of memory; lower {' or '.join(lower) or '--img-size'}"
+
+
 def run_program(name, body, args, advice=lambda: "give the same command again"):
     """Call body(args). What ends it early becomes one line on the error stream and a status.
 
@@ -94,6 +114,8 @@ def run_program(name, body, args, advice=lambda: "give the same command again"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
         leave(128 + signal.SIGPIPE)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            stop(name, 2, out_of_memory(args))
         output = vars(args).get("output")
         path = Path(str(error.filename or output or "standard output"))
         written = output in (path, *path.parents) or error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -103,9 +125,7 @@ def run_program(name, body, args, advice=lambda: "give the same command again"):
     except BaseException as error:
         # Ctrl-C also reaches a compiler at work, whose failure may come first.
         if interrupted is None and is_out_of_memory(error):
-            options = [key for key in ("batch_size", "img_size") if vars(args).get(key)]
-            lower = [f"--{key.replace('_', '-')} ({vars(args)[key]})" for key in options]
-            stop(name, 2, f"error: out of memory; lower {' or '.join(lower) or '--img-size'}")
+            stop(name, 2, out_of_memory(args))
         if interrupted is None and await_launcher(error) and interrupted is None:
             stop(name, 1, f"error: another process of this run is gone; {advice()}")
         if interrupted is None:

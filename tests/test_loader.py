@@ -1,6 +1,8 @@
 """Photographs of any size, read while training: the same images, whoever reads them."""
 
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -142,6 +144,23 @@ def test_a_worker_that_is_killed_ends_the_pass_in_one_line(photographs, noticed)
         time.sleep(0.01)
     with pytest.raises(InputError, match="a process that reads images was killed"):
         list(batches)
+
+
+def test_more_workers_than_the_system_allows_are_one_line(photographs):
+    """And those that were started end, which would wait for tasks for ever."""
+    train, _ = load(photographs, workers=500)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(map(int, os.listdir("/proc/self/fd"))) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+    before = set(multiprocessing.active_children())
+    try:
+        with pytest.raises(InputError, match="cannot start 500 processes .* lower --workers"):
+            next(train.batches(2, 0, 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for process in set(multiprocessing.active_children()) - before:
+        process.join(10)
+        assert process.exitcode is not None
 
 
 def test_a_process_without_images_reads_none(photographs):

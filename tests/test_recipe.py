@@ -1,6 +1,9 @@
 """Recipes: their values, and what the options of training do at a step."""
 
 import csv
+import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,11 +84,150 @@ def test_the_recipes_values():
         (["--recipe", "paper", "--warmup-epochs", "9", "--epochs", "5", "--cooldown-epochs", "0"],
          "--warmup-epochs 9 leaves none of the 5 epochs"),
         (["--cooldown-epochs", "3"], "--cooldown-epochs is for --sched cosine"),
+        (["--color-jitter", "0.4"], "--color-jitter needs .*; give --img-size and --scale"),
+        (["--ratio", "1", "2", "--img-size", "64"], "--ratio needs .* --scale, such as 0.08 1, or"),
+        (["--train-interpolation", "bicubic"], "--train-interpolation needs .* leave it out"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(words, message):
     with pytest.raises(InputError, match=message):
         parse(*words)
+
+
+def test_what_only_the_recipe_gives_need_not_be_left_out():
+    assert parse("--recipe", "paper", "--sched", "constant").cooldown_epochs == 0
+    with pytest.raises(
+        InputError, match="--cooldown-epochs is for --sched cosine; .* leave it out"
+    ):
+        parse("--recipe", "paper", "--sched", "constant", "--cooldown-epochs", "10")
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--cache-gib", "1e300", "must be at most 1048576"),
+        ("--cache-gib", "nan", "must be a finite number"),
+        ("--img-size", "10000000000", "must be at most 8192"),
+    ],
+)
+def test_numbers_that_no_machine_has(capsys, option, value, message):
+    with pytest.raises(SystemExit, match="2"):
+        parse(option, value)
+    assert message in capsys.readouterr().err
+
+
+# (options of the run, those of resuming it, what is said), {} stands for the folder.
+RESUMED = [
+    ("", "--train-per-class 5", "started without --train-per-class; leave it out, or start"),
+    ("", "--img-size 64 --scale 0.5 1", "started without --img-size --scale; leave it out, or"),
+    ("--seed 3", "--img-size 64", "with --seed 3 and without --img-size; give that too, leave"),
+    ("--recipe paper", "", "with --recipe paper; give that too"),
+    ("--recipe paper --mixup 0", "--epochs 9", "--recipe paper --epochs 300 --mixup 0.0; give"),
+    (
+        "--recipe paper --sched constant",
+        "",
+        "--recipe paper --sched constant --cooldown-epochs 0; give",
+    ),
+    ("", "--recipe paper", "with --recipe tiny; give that too"),
+    ("--seed 3 --lr 0.1 --epochs 9", "", "with --seed 3 --lr 0.1; give that too"),
+]
+
+
+def history_of(epochs):
+    return dict(epoch=epochs, history=[dict(acc_top1=0.5)] * epochs)
+
+
+@pytest.mark.parametrize("started, resumed, message", RESUMED)
+def test_all_that_a_resumed_run_lacks_is_named_at_once(tmp_path, started, resumed, message):
+    """And what is said, done, is enough."""
+    started = ["--data-dir", str(tmp_path), *started.split()]
+    resumed = ["--data-dir", str(tmp_path), *resumed.split()]
+    run = dict(args=json.loads(json.dumps(vars(parse(*started)), default=str)), **history_of(1))
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        train.check_resumable(run, parse(*resumed), "FILE")
+    said = str(caught.value).partition(" was started ")[2].partition(";")[0]
+    absent = shlex.split(said.partition("without ")[2])
+    while absent and absent[0] in resumed:
+        i = resumed.index(absent.pop(0))
+        resumed[i : i + 2 + (resumed[i] == "--scale")] = []
+    resumed += shlex.split(said.partition("with ")[2].partition(" and ")[0])
+    train.check_resumable(run, parse(*resumed), "FILE")
+
+
+def test_resuming_without_the_folder_of_a_run_on_all_images(tmp_path):
+    run = dict(args=vars(parse("--data-dir", str(tmp_path))), **history_of(1))
+    args = parse()
+    args.train_per_class = 500  # as of TinyImageNet
+    with pytest.raises(InputError, match=f"with --data-dir {tmp_path}; give that too"):
+        train.check_resumable(run, args, "FILE")
+
+
+def test_a_run_from_before_there_were_recipes_is_resumed():
+    run = dict(args=vars(parse()), **history_of(1))
+    for name in ("recipe", "grad_accumulation", *recipe.TINY):
+        if name not in ("epochs", "lr", "weight_decay"):
+            del run["args"][name]
+    train.check_resumable(run, parse(), "FILE")
+
+
+def test_a_finished_run_says_how_it_goes_on():
+    for words, epochs, remedy in (
+        ([], 20, "give a larger --epochs to go on$"),
+        (["--recipe", "paper"], 310, "310 epochs; to train further, .*--init FILE, without --res"),
+    ):
+        run = dict(args=json.loads(json.dumps(vars(parse(*words)), default=str)))
+        with pytest.raises(InputError, match=remedy):
+            train.check_resumable(run | history_of(epochs), parse(*words), "FILE")
+
+
+def test_another_number_of_training_images_is_not_resumed():
+    data = dict(classes=["ant"], image_shape=[64, 64, 3], train_images=12)
+    train.check_same_data(data, data, "DIR", "FILE")
+    train.check_same_data({k: data[k] for k in ("classes", "image_shape")}, data, "DIR", "FILE")
+    with pytest.raises(InputError, match="trained on 11 images, and DIR now has 12; restore"):
+        train.check_same_data({**data, "train_images": 11}, data, "DIR", "FILE")
+    with pytest.raises(InputError, match="other classes or image sizes than DIR"):
+        train.check_same_data({**data, "classes": ["bee"]}, data, "DIR", "FILE")
+
+
+@pytest.mark.parametrize("words, crop_pct", [([], 0.8), (["--crop-pct", "0.925"], 0.925)])
+def test_evaluation_cuts_as_asked_or_as_trained(monkeypatch, words, crop_pct):
+    args = parse("--evaluate", "FILE", *words)
+    run = dict(args=dict(img_size=48, crop_pct=0.8))
+    checkpoint = module("checkpoint").Checkpoint({}, {}, run, [])
+    monkeypatch.setattr(train, "read_checkpoint", lambda *_: checkpoint)
+
+    def load_data(args, train_per_class):
+        assert (args.img_size, args.crop_pct) == (48, crop_pct)
+        raise InterruptedError
+
+    monkeypatch.setattr(train, "load_data", load_data)
+    with pytest.raises(InterruptedError):
+        train.evaluate_checkpoint(args)
+
+
+class Classes(list):
+    """A validation split without images."""
+
+    classes = ()
+
+
+def test_evaluation_says_that_averaged_weights_were_better(monkeypatch, capsys):
+    run = dict(args={}, data=dict(classes=[]), history=[dict(acc_top1=0.5, acc_top1_ema=0.75)])
+    checkpoint = module("checkpoint").Checkpoint({}, {}, run, [])
+    result = dict(val_loss=1.0, acc_top1=0.5, acc_top5=1.0)
+    for name, value in (
+        ("read_checkpoint", checkpoint),
+        ("load_data", (None, Classes())),
+        ("make_model", None),
+        ("load_model", []),
+        ("evaluate", result),
+    ):
+        monkeypatch.setattr(train, name, lambda *_, value=value, **__: value)
+    says = "top-1 0.7500 of the averaged weights, which --use-ema takes"
+    for words in ([], ["--use-ema"]):
+        train.evaluate_checkpoint(parse("--evaluate", "FILE", *words))
+        assert (says in capsys.readouterr().out) == (not words)
 
 
 def test_layer_decay_and_weight_decay():
@@ -284,14 +426,19 @@ def test_resuming_goes_on_bit_for_bit(impl, dataset, trained, tmp_path):
         (["--grad-accumulation", "2"], "was started with --grad-accumulation 1"),
     ],
 )
-def test_another_recipe_is_not_resumed(impl, dataset, trained, words, message):
-    output, _ = trained
-    result = run(*PAPER, *SIZES, "--data-dir", dataset, "--output", output, *words, "--resume")
-    assert result.returncode == 2 and message in result.stderr, result.stderr
+def test_another_recipe_is_not_resumed(impl, trained, words, message):
+    last = trained[0] / f"last{impl.suffix}.safetensors"
+    before = module("checkpoint").read_checkpoint(last).run
+    train.check_resumable({**before, **history_of(1)}, parse(*PAPER, *SIZES), last)
+    with pytest.raises(InputError, match=f"{message};"):
+        train.check_resumable(before, parse(*PAPER, *SIZES, *words), last)
 
 
-def test_gradient_checkpointing_in_jittor(dataset, tmp_path):
+def test_gradient_checkpointing_in_jittor(monkeypatch, capsys):
+    """Refused before data are read."""
     if NAME == "torch":
         pytest.skip("PyTorch has it: test_oracles.py")
-    result = run(*SIZES, "--data-dir", dataset, "--output", tmp_path, "--grad-checkpointing")
-    assert result.returncode == 2 and "cannot compute blocks again" in result.stderr
+    monkeypatch.setattr(sys, "argv", ["train.py", "--grad-checkpointing"])
+    with pytest.raises(SystemExit, match="2"):
+        train.parse_args()
+    assert "cannot compute blocks again" in capsys.readouterr().err

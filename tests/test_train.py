@@ -1,6 +1,7 @@
 """train.py as its user runs it: files, resuming after kill -9, bad input, interruption."""
 
 import csv
+import errno
 import os
 import shlex
 import shutil
@@ -294,6 +295,20 @@ MEMORY = [
 @pytest.mark.parametrize("text, is_memory", MEMORY)
 def test_memory_of_a_gpu_that_runs_out_is_known(text, is_memory):
     assert module("errors").is_out_of_memory(RuntimeError(text)) == is_memory
+
+
+def test_memory_that_the_system_refuses_names_no_folder(monkeypatch, capsys):
+    """A map of memory or a new process, of which the error has no file."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def body(args):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    args = train.make_parser().parse_args(["--img-size", "4096"])
+    with pytest.raises(SystemExit, match="2"):
+        module("program").run_program("train.py", body, args)
+    says = "out of memory; lower --batch-size (64) or --img-size (4096)\n"
+    assert capsys.readouterr().err.endswith(says)
 
 
 def test_an_earlier_run_is_set_aside(impl, command, dataset, tmp_path):

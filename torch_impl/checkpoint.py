@@ -3,7 +3,7 @@
 Keys: model.<state-dict key>, optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter>, and,
 where weights are averaged, ema.<state-dict key>.
 Metadata "run", JSON: epoch (epochs done), step (optimizer steps done), best_top1, args, data
-(classes and image shape), history (rows of the log).
+(classes, image shape, number of training images), history (rows of the log).
 """
 
 import json

@@ -7,6 +7,7 @@ one GPU.
 """
 
 import argparse
+import copy
 import math
 
 from .augment import Mixup, TrainTransform
@@ -40,6 +41,8 @@ FINETUNE = dict(
     smoothing=0.1,
 )  # fmt: skip
 RECIPES = {"tiny": TINY, "paper": {**TINY, **PAPER}, "finetune": {**TINY, **FINETUNE}}
+# What needs --scale, beside --aa and --reprob, which are off by default.
+CROP_OPTIONS = ("ratio", "train_interpolation", "color_jitter")
 # The place of each part for layer-wise learning rates, in order of execution.
 LAYERS = (
     ("patch_embed1",),
@@ -101,7 +104,7 @@ def add_recipe_options(parser):
 
     add = parser.add_argument_group("images and augmentation").add_argument
     size = "side of the network's images; None: images of one size, kept as they are"
-    add("--img-size", type=number(int, 32), help=size)
+    add("--img-size", type=number(int, 32, maximum=8192), help=size)
     crop = "evaluation: share of the resized image's side that is cut out (with --img-size)"
     add("--crop-pct", type=number(float, 0.01, maximum=1), help=crop)
     area = "random resized crop: bounds of its share of the area; None: as in evaluation"
@@ -121,7 +124,7 @@ def add_recipe_options(parser):
     ahead = "processes that read images ahead of the step (with --img-size)"
     add("--workers", type=count, default=default_workers(), help=ahead)
     cache = "memory for decoded images (with --img-size); None: a quarter of the job's"
-    add("--cache-gib", type=number(float, 0), help=cache)
+    add("--cache-gib", type=number(float, 0, maximum=2**20), help=cache)
 
 
 def images_per_step(args):
@@ -132,22 +135,42 @@ def total_epochs(args):
     return args.epochs + args.cooldown_epochs
 
 
-def settle_recipe(args):
-    """Fill in what depends on other options. Raises InputError if some do not go together."""
+def fill_in(args):
+    """Fill in what depends on other options."""
     if args.lr is None:
         args.lr = 1e-3 * images_per_step(args) / 1024
+    if args.sched == "constant" and "cooldown_epochs" not in args.given:
+        args.cooldown_epochs = 0  # a recipe's follow its cosine
+
+
+def with_recipe(args, name):
+    """What settle_recipe makes of the options given if those of --recipe `name` are the others."""
+    args = copy.copy(args)
+    values = {"recipe": name, **recipe(name, args.model)}
+    for option in values.keys() - (args.given - {"recipe"}):
+        setattr(args, option, values[option])
+    fill_in(args)
+    return args
+
+
+def settle_recipe(args):
+    """Fill in what depends on other options. Raises InputError if some do not go together."""
+    fill_in(args)
     if args.scale is not None and args.img_size is None:
         raise InputError("--scale needs --img-size; give the size to train at")
-    for name, given in (("aa", args.aa != "none"), ("reprob", args.reprob > 0)):
-        if given and args.scale is None:
-            raise InputError(f"--{name} needs random resized crops; give --scale, such as 0.08 1")
+    for name in ("aa", "reprob", *CROP_OPTIONS):
+        changes = name in args.given and getattr(args, name) not in ("none", 0)
+        if changes and args.scale is None:
+            needs = f"--{name.replace('_', '-')} needs random resized crops"
+            size = "" if args.img_size else "--img-size and "
+            raise InputError(f"{needs}; give {size}--scale, such as 0.08 1, or leave it out")
     if args.warmup_epochs >= total_epochs(args):
         raise InputError(
             f"--warmup-epochs {args.warmup_epochs} leaves none of the {total_epochs(args)} epochs; "
-            "lower it, or raise --epochs"
+            "give fewer, or more --epochs"
         )
     if args.sched == "constant" and args.cooldown_epochs:
-        raise InputError("--cooldown-epochs is for --sched cosine; leave it out")
+        raise InputError("--cooldown-epochs is for --sched cosine; give that too, or leave it out")
     for name in ("scale", "ratio"):
         bounds = getattr(args, name)
         if bounds and bounds[0] > bounds[1]:

@@ -57,6 +57,7 @@ from .loader import default_cache
 from .program import ArgumentParser, add_device_options, choose_device, number, run_program
 from .progress import Progress, say
 from .recipe import (
+    CROP_OPTIONS,
     TINY,
     add_recipe_options,
     choose_recipe,
@@ -68,6 +69,7 @@ from .recipe import (
     settle_recipe,
     total_epochs,
     train_transform,
+    with_recipe,
 )
 from .run_files import OthersRunFiles, RunFiles, epoch_line
 from .weights import is_merged
@@ -269,22 +271,67 @@ def evaluate(model, data, args):
     return dict(val_loss=float(loss), acc_top1=float(top1), acc_top5=float(top5))
 
 
+def differing(started, args):
+    """{option: its value in a run, of which `started` are all}, of those that `args` change."""
+    own = json.loads(json.dumps({name: getattr(args, name) for name in RUN_ARGUMENTS}))
+    if started["sched"] == "constant":  # which may go on; a cosine bends at its end
+        own.pop("epochs")
+    if started["scale"] is None:  # without which these change nothing
+        own = {name: value for name, value in own.items() if name not in CROP_OPTIONS}
+    return {name: started[name] for name, value in own.items() if value != started[name]}
+
+
+def how_started(options):
+    """What to say of a run of these {option: value}, and what to do; None is without the option."""
+    given = [option_words(name, value) for name, value in options.items() if value is not None]
+    absent = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is None]
+    was, remedies = [], []
+    if given:
+        was.append(f"with {shlex.join(sum(given, []))}")
+        remedies.append("give that too")
+    if absent:
+        was.append(f"without {' '.join(absent)}")
+        remedies.append(f"leave {' '.join(absent) if given else 'it'} out")
+    return f"{' and '.join(was)}; {', '.join(remedies)}"
+
+
 def check_resumable(run, args, path):
     """Raise InputError unless `args` are those of the run that wrote the checkpoint at `path`."""
     if not run:
         raise InputError(f"{path} has weights only; use it with --init")
-    for name in RUN_ARGUMENTS:
-        # Checkpoints of before there were recipes lack their options. A cosine bends at its end.
-        started = run["args"].get(name, TINY.get(name, 1))
-        may_differ = name == "epochs" and args.sched == "constant"
-        if started != json.loads(json.dumps(getattr(args, name))) and not may_differ:
-            given, remedy = shlex.join(option_words(name, started)), "give that too"
-            raise InputError(
-                f"the run in {path} was started with {given}; {remedy}, or start anew with --init"
-            )
+    # Checkpoints of before there were recipes lack their options.
+    before = {"recipe": "tiny", "grad_accumulation": 1, **TINY}
+    started = {**json.loads(json.dumps(before)), **run["args"]}
+    wrong = differing(started, args)
+    if wrong and args.recipe != started["recipe"]:
+        name = started["recipe"]
+        wrong = {"recipe": name, **differing(started, with_recipe(args, name))}
+    if not args.given.issuperset(name for name, value in wrong.items() if value is None):
+        wrong["data_dir"] = started["data_dir"]  # TinyImageNet alone is not taken whole by default
+    if wrong:
+        how = how_started({k: v for k, v in wrong.items() if v is not None or k in args.given})
+        raise InputError(f"the run in {path} was started {how}, or start anew with --init")
     if run["epoch"] >= total_epochs(args):
-        done = f"has done its {run['epoch']} epochs"
-        raise InputError(f"the run in {path} {done}; give a larger --epochs to go on")
+        remedy = "give a larger --epochs to go on"
+        if args.sched == "cosine":  # at the end of which the learning rate has come down
+            init = f"--init {shlex.quote(str(path))}"
+            remedy = f"to train further, start anew from it with {init}, without --resume"
+        raise InputError(f"the run in {path} has done its {run['epoch']} epochs; {remedy}")
+
+
+def check_same_data(before, data, data_dir, path):
+    """Raise InputError unless a run on `before`, of its checkpoint at `path`, can go on on `data`.
+
+    Both say classes, image shape and number of training images; older checkpoints lack the last.
+    """
+    if any(before[key] != data[key] for key in ("classes", "image_shape")):
+        other = f"other classes or image sizes than {data_dir} has"
+        raise InputError(f"the run in {path} was trained on {other}; give the right --data-dir")
+    now = data["train_images"]
+    if before.get("train_images", now) != now:
+        counts = f"{before['train_images']} images, and {data_dir} now has {now}"
+        remedy = "restore them, or start anew with --init"
+        raise InputError(f"the run in {path} was trained on {counts}; {remedy}")
 
 
 def check_last_batch(train, args):
@@ -342,7 +389,8 @@ def evaluate_checkpoint(args):
     arrays, _, run, notes = read_checkpoint(path, args.use_ema)
     if run and args.img_size is None:  # as it was trained
         args.img_size = run["args"].get("img_size")
-        args.crop_pct = run["args"].get("crop_pct", args.crop_pct)
+        if "crop_pct" not in args.given:
+            args.crop_pct = run["args"].get("crop_pct", args.crop_pct)
     _, val = load_data(args, train_per_class=0)
     model = make_model(args, is_merged(arrays))
     load_model(model, arrays, path)
@@ -354,6 +402,9 @@ def evaluate_checkpoint(args):
         f"{path}: val loss {result['val_loss']:.4f}, top-1 {result['acc_top1']:.4f}, "
         f"top-5 {result['acc_top5']:.4f} on {len(val)} images of {args.num_classes} classes"
     )
+    top1, whose = best_top1(run["history"][-1]) if run else (0, "")
+    if whose and not args.use_ema:
+        say(f"{path}: its run measured top-1 {top1:.4f}{whose}")
 
 
 def start(args, files, device_name):
@@ -379,12 +430,10 @@ def start(args, files, device_name):
         averaged = read_checkpoint(source, use_ema=True).arrays if args.resume else None
         load_model(ema.module, averaged or model_arrays(model), source)
     data = {"classes": train.classes, "image_shape": list(train.image_shape)}
+    data["train_images"] = len(train)
     history = []
     if args.resume:
-        if run["data"] != data:
-            other = f"other classes or image sizes than {args.data_dir} has"
-            remedy = "give the right --data-dir"
-            raise InputError(f"the run in {source} was trained on {other}; {remedy}")
+        check_same_data(run["data"], data, args.data_dir, source)
         load_optimizer(optimizer, moments, run["step"], source)
         history = run["history"]
     if not args.resume or source.resolve() != files.last.resolve():
