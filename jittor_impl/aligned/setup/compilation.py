@@ -71,33 +71,47 @@ def compile_core_faster(jittor_utils):
 
     Where that cannot be done, it is compiled as usual.
     """
-    run_commands, memory = jittor_utils.run_cmds, jittor_utils.get_total_mem
+    run_command, run_commands = jittor_utils.run_cmd, jittor_utils.run_cmds
+    memory, processors = jittor_utils.get_total_mem, len(os.sched_getaffinity(0))
     # It has as many compilers as memory for 3 GiB each, which keep each other waiting where there
     # are fewer processors.
-    processors = len(os.sched_getaffinity(0))
     jittor_utils.get_total_mem = lambda: min(memory(), processors * 3 * 2**30)
 
-    def run(commands, cache, folder, name="run_cmds"):
+    def run_one(command, *args, **kwargs):
+        run = partial(run_command, command, *args, **kwargs)
+        if not re.search(r'/data\.cc" -c -o "[^"]*/data\.o"$', command):
+            return run()
+        # Jittor compiles its data by itself before the rest, at which the header is compiled, too.
+        compiler, *flags, _, _, source, _, _, _ = shlex.split(command)
+        compile_header(core_header(Path(source).parent), compiler, without_linking(flags), run)
+
+    def run_many(commands, cache, folder, name="run_cmds"):
         # Jittor comes here at every start, to see whether each command is still that which it ran.
         failed = Path(cache) / "core_headers.failed"
         if name != "Compiling jittor_core" or failed.exists() or "clang" in commands[0].split()[0]:
             return run_commands(commands, cache, folder, name)
-        header, faster = with_headers(commands, cache)
+        header = core_header(cache)
         try:
             if not list(Path(cache).glob("jittor_core*")):
                 cpp = next(command for command in commands if source_of(command).suffix == ".cc")
                 # compiler, source, flags..., -c, -o, object
                 compiler, _, *flags, _, _, _ = shlex.split(cpp)
-                without = [command for command in faster if header.name not in command]
-                meanwhile = partial(run_commands, without, cache, folder, name)
-                compile_header(header, compiler, flags, meanwhile)
-            run_commands(faster, cache, folder, name)
+                compile_header(header, compiler, flags)
+            run_commands(with_header(commands, header), cache, folder, name)
         except RuntimeError:
             failed.touch()
             run_commands(commands, cache, folder, name)
         Path(f"{header}.gch").unlink(missing_ok=True)  # 90 MB
 
-    jittor_utils.run_cmds = run
+    jittor_utils.run_cmd, jittor_utils.run_cmds = run_one, run_many
+
+
+def core_header(cache):
+    return write_header(Path(cache) / "core", FOLDER / "core_headers.h")
+
+
+def without_linking(flags):
+    return [flag for flag in flags if not flag.startswith(("-l", "-L", "-shared"))]
 
 
 def source_of(command):
@@ -105,19 +119,18 @@ def source_of(command):
     return Path(re.search(r'"([^"]+\.c[cu])"', command)[1])
 
 
-def with_headers(commands, cache):
-    """A header with core_headers.h, and the compiler's `commands` that begin with it.
+def with_header(commands, header):
+    """The compiler's `commands` that begin with `header`, some files excepted.
 
     The largest file comes first: nothing would run beside it at the end.
     """
-    header = write_header(Path(cache) / "core", FOLDER / "core_headers.h")
     faster = []
     for command in sorted(commands, key=lambda command: -source_of(command).stat().st_size):
         source = source_of(command)
         if source.suffix == ".cc" and source.name not in WITHOUT_HEADERS:
             command = command.replace(" ", f" -include'{header}' ", 1)
         faster.append(command)
-    return header, faster
+    return faster
 
 
 def write_header(path, source, key=""):
@@ -159,8 +172,10 @@ def compile_operators_faster(jittor, cache):
     script = "compile_operator.sh"
     jittor.flags.python_path = f"sh {in_cache([FOLDER / script], cache) / script}"
     os.environ["OVERLOCK_PYTHON"] = sys.executable
-    flags, linking = jittor.flags.cc_flags, ("-l", "-L", "-shared")
-    options = [flag for flag in shlex.split(flags) if not flag.startswith(linking)]
+    jittor.flags.use_parallel_op_compiler = min(
+        jittor.flags.use_parallel_op_compiler, len(os.sched_getaffinity(0))
+    )
+    flags = jittor.flags.cc_flags
     header = write_header(Path(cache) / "operators", FOLDER / "operator_headers.h", key=flags)
-    if compile_header(header, jittor.flags.cc_path, options):
+    if compile_header(header, jittor.flags.cc_path, without_linking(shlex.split(flags))):
         jittor.flags.cc_flags = f" -include'{header}' {flags}"
