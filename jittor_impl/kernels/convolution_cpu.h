@@ -414,8 +414,8 @@ inline void pointwise_tile(WeightSums& sums, int chunk, const float* grad_y, int
 inline void pointwise_grad_weight(const float* x, const float* grad_y, float* grad_weight, const Convolution& c) {
     const int outs = c.out_channels, ins = c.in_channels, plane = c.height * c.width;
     const Cut rows(outs, 256), columns(ins, 256);
-    WeightSums sums(outs, ins, rows.parts * columns.parts, c.images, grad_weight);
     const int block = std::min(c.images, std::max(1, 512 / plane));  // images at a time
+    WeightSums sums(outs, ins, rows.parts * columns.parts, (c.images + block - 1) / block, grad_weight);
     const int64_t group = (int64_t)block * plane;  // vectors of LANES channels
     #pragma omp parallel
     {
