@@ -5,6 +5,7 @@ Those of models, operators and training are written once, for either framework: 
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from tools import frameworks  # noqa: E402
 # Jittor then compiles itself without CUDA, once: with CUDA it does not start without a GPU.
 if DEVICE == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# A shell lets what it starts in the background, and all that this starts, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What is about Jittor alone runs beside Jittor.
 if NAME == "jittor":
