@@ -52,7 +52,7 @@ def main():
         pytorch = dict(color="black", linestyle=(0, (4, 4)), label="paper, PyTorch, seed 0")
         axes.plot(torch.epoch, torch[column], **pytorch)
         axes.set(title=title, xlabel="epoch")
-        axes.legend()
+    panels[-1].legend()
     figure.savefig(LOGS / "recipes.png", dpi=150)
 
 
