@@ -129,16 +129,14 @@ def default_cache():
 def memory_limit(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
     """Bytes that this process may use: the machine's, or those of its container or job."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    # "0::/PATH" in version 2 of Linux's control groups, "7:memory:/PATH" in version 1
+    files = {"": ("", "memory.max"), "memory": ("/memory", "memory.limit_in_bytes")}
     with suppress(OSError):
         for line in Path(groups).read_text().splitlines():
-            # "0::/PATH" in version 2 of Linux's control groups, "7:memory:/PATH" in version 1
             _, kind, path = line.split(":", 2)
-            mount, name = {
-                "": (root, "memory.max"),
-                "memory": (f"{root}/memory", "memory.limit_in_bytes"),
-            }.get(kind, (root, ""))
-            folder = Path(f"{mount}{path}")
-            for group in (folder, *folder.parents):
+            mount, name = files.get(kind, ("", None))
+            folder = Path(f"{root}{mount}{path}")
+            for group in (folder, *folder.parents) if name else ():
                 with suppress(OSError, ValueError):  # there is none, or it is "max"
                     limits.append(int((group / name).read_text()))
     return min(limits)

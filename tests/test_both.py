@@ -33,6 +33,7 @@ WITHOUT_FRAMEWORK = [
     "rand_augment.py",
     "read_pth.py",
     "recipe.py",
+    "resume.py",
     "run_files.py",
     "weights.py",
 ]
