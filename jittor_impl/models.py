@@ -20,7 +20,7 @@ strictly. Shapes are (B, C, H, W) unless a comment says otherwise.
 from zlib import crc32
 
 import numpy as np
-from .aligned.functions import adaptive_avg_pool2d, interpolate
+from .aligned.functions import adaptive_avg_pool2d, cat_channels, interpolate, split_channels
 from .aligned.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d
 from .aligned.nn import FusedSequential as Sequential
 from .aligned.start import jt, nn
@@ -213,7 +213,7 @@ class DynamicConvBlock(nn.Module):
         """
         if not self.is_first:
             ctx = self.x_scale(ctx) + self.h_scale(ctx0)
-        x_f = self.dwconv1(jt.cat([x, ctx], dim=1))  # (B, dim + ctx_dim, H, W)
+        x_f = self.dwconv1(cat_channels([x, ctx]))  # (B, dim + ctx_dim, H, W)
         identity = x_f
         x_f = self.norm1(x_f)
         x = self.fusion(x_f)  # (B, dim, H, W)
@@ -227,7 +227,7 @@ class DynamicConvBlock(nn.Module):
         x = self.ls2(x) + self.drop_path2(self.mlp(self.norm2(x)))
         if self.is_last:
             return x, None
-        return jt.split(x, self.dims, dim=1)  # (B, dim, H, W), (B, ctx_dim, H, W)
+        return split_channels(x, self.dims)  # (B, dim, H, W), (B, ctx_dim, H, W)
 
     def dynamic_conv(self, x, x_f):
         """ContMix of x (B, dim, H, W), with kernels made from x_f (B, dim + ctx_dim, H, W)."""
@@ -239,7 +239,7 @@ class DynamicConvBlock(nn.Module):
             # (B, dim + ctx_dim, H, W) -> (B, dim + ctx_dim, h, w)
             x_f = interpolate(x_f, size=(h, w), mode="bilinear", align_corners=False)
 
-        query, key = jt.split(x_f, self.dims, dim=1)  # (B, dim, h, w), (B, ctx_dim, h, w)
+        query, key = split_channels(x_f, self.dims)  # (B, dim, h, w), (B, ctx_dim, h, w)
         query = self.weight_query(query) * self.scale  # (B, dim/2, h, w)
         key = self.weight_key(key)  # (B, dim/2, 7, 7)
         x = contmix(query, key, self.weight_proj, self.rpb1, self.rpb2, x)  # (B, dim, h, w)
@@ -390,7 +390,7 @@ class OverLoCK(nn.Module):
     def features(self, x):
         """Four maps for a detector or a segmenter: (B, feature_dims[i], H/2**(i+2), W/2**(i+2))."""
         x1, x2, x3, ctx, x4, _ = self.stages(x)
-        return x1, x2, jt.cat([x3, ctx], dim=1), x4
+        return x1, x2, cat_channels([x3, ctx]), x4
 
     def execute(self, x):
         *_, x, overview = self.stages(x)

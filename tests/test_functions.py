@@ -19,7 +19,13 @@ from under_test import DEVICE, cpu_only
 from jittor_impl import contmix, ops
 from jittor_impl.aligned import functions
 from jittor_impl.aligned.foreach import clip_grad_norm, lerp
-from jittor_impl.aligned.functions import ActivationFunction, GRNFunction, convolve
+from jittor_impl.aligned.functions import (
+    ActivationFunction,
+    GRNFunction,
+    cat_channels,
+    convolve,
+    split_channels,
+)
 from jittor_impl.aligned.nn import BatchNorm2d, Conv2d, FusedSequential
 from jittor_impl.aligned.optim import AdamW
 from jittor_impl.aligned.start import jt, nn
@@ -130,6 +136,47 @@ def test_dense_convolution(shape, outs, kernel, stride, padding, dilation, bias)
     assert error(grads[1], grad_weight) < 5e-6
     if bias:
         assert error(grads[2], grad_y.sum((0, 2, 3), dtype=np.float64)) < 5e-6
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
+def test_gradients_of_a_convolution_of_which_a_part_is_frozen(frozen):
+    """Frozen are x, the weight or the bias: the others have the gradient that they had with all."""
+    generator = np.random.default_rng(0)
+    arrays = [
+        generator.standard_normal(s).astype(np.float32) for s in ((2, 3, 5, 5), (4, 3, 3, 3), 4)
+    ]
+    layer, found = Conv2d(3, 4, 3, padding=1), []
+    for stopped in ((), frozen):
+        inputs = [jt.array(a) for a in arrays]
+        for i in stopped:
+            inputs[i].stop_grad()
+        x, layer.weight, layer.bias = inputs
+        wanted = [inputs[i] for i in range(3) if i not in frozen]
+        y = layer(x)
+        found.append([g.numpy() for g in jt.grad((y * y).sum(), wanted)])
+    assert all(map(np.array_equal, *found))
+
+
+@cpu_only("a GPU has Jittor's own operators")
+def test_channels_are_gathered_and_parted():
+    """As NumPy does it, forward and backward, with a part that nobody uses."""
+    generator = np.random.default_rng(0)
+    parts = [generator.standard_normal((3, n, 2, 5)).astype(np.float32) for n in (4, 1, 7)]
+    weights = generator.standard_normal((3, 12, 2, 5)).astype(np.float32)
+    maps = [jt.array(a) for a in parts]
+    whole = cat_channels(maps)
+    assert np.array_equal(whole.numpy(), np.concatenate(parts, 1))
+    grads = jt.grad((whole * jt.array(weights)).sum(), maps)
+    for grad, weight in zip(grads, np.split(weights, (4, 5), axis=1)):
+        assert np.array_equal(grad.numpy(), weight)
+
+    x = jt.array(weights)
+    first, _, last = split_channels(x, (4, 1, 7))
+    assert np.array_equal(first.numpy(), weights[:, :4])
+    assert np.array_equal(last.numpy(), weights[:, 5:])
+    grad = jt.grad((first * maps[0]).sum() + (last * maps[2]).sum(), x)
+    parts[1][:] = 0
+    assert np.array_equal(grad.numpy(), np.concatenate(parts, 1))
 
 
 # Every kernel and dilation of the five variants; small and odd maps; numbers of channels that fill
@@ -514,10 +561,10 @@ def test_operators_of_a_gpu():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     limits = {
-        "training": 3400,
+        "training": 3200,
         "inference": 1600,
         "clipping and EMA": 90,
-    }  # they are 3356, 1590, 83
+    }  # they are 3178, 1590, 83
     # What Jittor's src/ops has for the CPU alone; there are CUDA libraries for the last three.
     for name, operators in json.loads(result.stdout.splitlines()[-1]).items():
         lacking = {"transpose", "arg_reduce", "argsort", "random"} & operators.keys()

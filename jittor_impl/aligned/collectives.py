@@ -75,16 +75,18 @@ def is_first_to_speak():
 class SyncBatchNormFunction(jt.Function):
     """BatchNorm over the maps x (B, C, H, W) of all processes.
 
-    counts: whether those of this one do. Returns y, and mean and variance, (C,), without a
-    gradient, and the number of values in a channel, (1,).
+    batches: how many the running statistics have seen, int32; counts: whether the maps of this
+    process do. Returns y, and mean and variance, (C,), without a gradient, and the number of values
+    in a channel, (1,); `batches` is one more.
     """
 
     headers = NORM_HEADERS
 
-    def execute(self, x, weight, bias, eps, counts):
+    def execute(self, x, weight, bias, batches, eps, counts):
         B, C, H, W = x.shape
         n, zeros = B * H * W, jt.zeros(C)
-        _, mean, _, _, var = batch_norm(x, weight, bias, zeros, zeros, 1.0, eps)  # of this process
+        statistics = zeros, zeros, batches  # of this process
+        _, mean, _, _, var, self.batches = batch_norm(x, weight, bias, statistics, 1.0, eps)
         n_all = jt.array64(np.full(C, n * counts, np.float64))
         mean = mean.float64()
         # The squares about 0, from those about the mean: in float64, where no digits are lost.
@@ -109,7 +111,7 @@ class SyncBatchNormFunction(jt.Function):
         slope, shift = grad_weight / n - sums[0], grad_bias / n - sums[1]
         scale = weight * inv_std
         grad_x = grad_x + affine(x, mean, slope * inv_std * scale, shift * scale)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def affine(x, mean, slope, shift):
@@ -131,11 +133,14 @@ class SyncBatchNorm2d(BatchNorm2d):
         if not self.training or x.ndim != 4:
             return super().execute(x)
         counts = self.part is None or self.part.share > 0
-        y, mean, var, n = SyncBatchNormFunction.apply(x, self.weight, self.bias, self.eps, counts)
+        function = SyncBatchNormFunction()
+        variables = self.weight, self.bias, self.statistics()[2]
+        y, mean, var, n = function(x, *variables, self.eps, counts)
         old_mean, old_var = self.running_mean, self.running_var
         var = var * (n / (n - 1))
         self.keep_statistics(
             (old_mean + (mean - old_mean) * self.momentum).stop_grad(),
             (old_var + (var - old_var) * self.momentum).stop_grad(),
+            function.batches,
         )
         return y

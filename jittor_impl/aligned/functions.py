@@ -205,16 +205,16 @@ class DenseConvFunction(jt.Function):
     )
 
     def execute(self, x, weight, bias, stride, padding, dilation):
-        self.x, self.weight, self.bias = x, weight, bias
+        self.x, self.weight = x, weight
+        # Now: once this function is recorded, its inputs have no gradient, which is its own.
+        self.like = [None if v is None or v.is_stop_grad() else v for v in (x, weight, bias)]
         self.geometry, shape = dense_geometry(x, weight, stride, padding, dilation)
         return self.run("convolution", [x, weight, bias], [(shape, x.dtype)])[0]
 
     def grad(self, grad_y):
-        (grad_x,) = self.run("convolution_grad_x", [grad_y, self.weight], [self.x])
-        grad_weight, *grad_bias = self.run(
-            "convolution_grad_weight", [self.x, grad_y], [self.weight, self.bias]
-        )
-        return grad_x, grad_weight, *(grad_bias or [None]), None, None, None
+        # One kernel, which leaves out what is not asked for: the stem's image has no gradient.
+        made = iter(self.run("convolution_gradients", [self.x, self.weight, grad_y], self.like))
+        return *(None if v is None else next(made) for v in self.like), None, None, None
 
     def run(self, kernel, inputs, outputs):
         return launch(kernel, self.headers, inputs, outputs, self.geometry, as_struct=True)
@@ -452,12 +452,6 @@ def constant(array):
 
 
 @cache
-def one():
-    """The number 1, which no step has to upload anew."""
-    return constant(np.ones((), np.int32))
-
-
-@cache
 def pooling_matrix(size, out_size):
     """(out_size, size): output i is the mean of a window of the inputs.
 
@@ -514,12 +508,11 @@ def norm_backward(kernel, saved, grad_y, **numbers):
     )
 
 
-def batch_norm(
-    x, weight, bias, running_mean, running_var, momentum, eps, kernel="batch_norm", **numbers
-):
-    """BatchNorm's kernel: y, and (C,) each, mean, inv_std, new running mean and variance.
+def batch_norm(x, weight, bias, statistics, momentum, eps, kernel="batch_norm", **numbers):
+    """BatchNorm's kernel: y, mean and inv_std (C,), and the new running statistics.
 
-    numbers: what `kernel` takes beside the sizes, eps and momentum.
+    statistics: running mean and variance (C,), and the number of batches in them, int32; numbers:
+    what `kernel` takes beside the sizes, eps and momentum.
     """
     B, C, H, W = x.shape
     chunks = norm_chunks(x)
@@ -527,8 +520,8 @@ def batch_norm(
     return launch(
         kernel,
         NORM_HEADERS,
-        [x, weight, bias, running_mean, running_var],
-        [x, *[((C,), "float32")] * 4],
+        [x, weight, bias, *statistics],
+        [x, *[((C,), "float32")] * 2, *statistics],
         {**sizes, **numbers},
         scratch=[(chunks, C, 2)],
         gpu_numbers={"chunks": chunks},
@@ -538,13 +531,15 @@ def batch_norm(
 class BatchNormFunction(jt.Function):
     """BatchNorm of a batch x (B, C, H, W), variance in two passes.
 
-    activation: one of ACTIVATIONS, applied to the result, on the CPU alone. Returns y, and the new
-    running mean and (unbiased) variance, float32 (C,), without a gradient.
+    statistics: running mean and (unbiased) variance, float32 (C,), and the number of batches in
+    them, int32; afterwards the function's own `statistics` are the new ones. activation: one of
+    ACTIVATIONS, applied to the result, on the CPU alone. Returns y.
     """
 
     headers = NORM_HEADERS
 
-    def execute(self, x, weight, bias, running_mean, running_var, momentum, eps, activation=None):
+    def execute(self, x, weight, bias, statistics, momentum, eps, activation=None):
+        running_mean, running_var, _ = statistics
         check_types("BatchNorm: weight and bias", weight, bias)
         check_channels(
             "BatchNorm", x, *(v.numel() for v in (weight, bias, running_mean, running_var))
@@ -558,15 +553,15 @@ class BatchNormFunction(jt.Function):
         if activation is not None:
             self.kernel = "batch_norm_activation"
             self.numbers = {"activation": ACTIVATIONS[type(activation)]}
-        values = x, weight, bias, running_mean, running_var, momentum, eps
-        y, mean, inv_std, new_mean, new_var = batch_norm(*values, self.kernel, **self.numbers)
+        values = x, weight, bias, statistics, momentum, eps
+        y, mean, inv_std, *self.statistics = batch_norm(*values, self.kernel, **self.numbers)
         # The activation is taken again, of what the bias is part of.
         self.saved = x, weight, *([] if activation is None else [bias]), mean, inv_std
-        return y, new_mean, new_var
+        return y
 
-    def grad(self, grad_y, *_):
+    def grad(self, grad_y):
         grads = norm_backward(f"{self.kernel}_backward", self.saved, grad_y, **self.numbers)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None
 
 
 class SqueezeExciteFunction(jt.Function):
@@ -612,6 +607,73 @@ class LayerScaleFunction(jt.Function):
     def grad(self, grad_y):
         inputs = [*self.saved, grad_y]
         return launch("layer_scale_backward", self.headers, inputs, self.like, self.sizes)
+
+
+@cache
+def channel_copies(parts, gathers):
+    """C++ that copies `parts` maps side by side into one if `gathers`, else one into them."""
+    lines = ['int B = data["B"], C = data["C"]; int64_t P = data["P"], at = 0;']
+    for i in range(parts):
+        n = f'(int)data["C{i}"]'
+        gather, part = f"in{i}_p, {n}, out0_p + at, C", f"in0_p + at, C, out{i}_p, {n}"
+        lines.append(f"overlock::copy_channels({gather if gathers else part}, {n}, B, P);")
+        lines.append(f"at += {n} * P;")
+    return "\n".join(lines)
+
+
+class CatFunction(jt.Function):
+    """torch.cat along the channels, of maps (B, any, H, W), on the CPU."""
+
+    headers = SqueezeExciteFunction.headers
+
+    def execute(self, *maps):
+        self.channels = [x.shape[1] for x in maps]
+        return self.gather(maps)
+
+    def grad(self, grad_y):
+        return self.part(grad_y, self.channels)
+
+    def gather(self, maps):
+        B, _, H, W = maps[0].shape
+        channels = [x.shape[1] for x in maps]
+        whole = (B, sum(channels), H, W), maps[0].dtype
+        return self.copy(maps, [whole], channels, True)[0]
+
+    def part(self, x, channels):
+        B, _, H, W = x.shape
+        return self.copy([x], [((B, n, H, W), x.dtype) for n in channels], channels, False)
+
+    def copy(self, inputs, outputs, channels, gathers):
+        B, _, H, W = inputs[0].shape
+        numbers = {"B": B, "C": sum(channels), "P": H * W}
+        numbers.update((f"C{i}", n) for i, n in enumerate(channels))
+        code = channel_copies(len(channels), gathers)
+        return run_code(self.headers, (code, ""), inputs, outputs, numbers)
+
+
+class SplitFunction(CatFunction):
+    """torch.split of x (B, C, H, W) along the channels, on the CPU; `channels` sum to C."""
+
+    def execute(self, x, channels):
+        self.shapes = [(x.shape[0], n, *x.shape[2:]) for n in channels]
+        return self.part(x, channels)
+
+    def grad(self, *grads):
+        # Of a part that is not used there is none.
+        grads = [jt.zeros(s) if g is None else g for g, s in zip(grads, self.shapes)]
+        return self.gather(grads), None
+
+
+def cat_channels(maps):
+    """torch.cat(maps, dim=1), of maps (B, any, H, W)."""
+    return CatFunction.apply(*maps) if has_kernel(CatFunction, *maps) else jt.cat(maps, dim=1)
+
+
+def split_channels(x, channels):
+    """torch.split(x, channels, dim=1) of x (B, C, H, W)."""
+    if has_kernel(SplitFunction, x):
+        return SplitFunction.apply(x, channels)
+    return jt.split(x, channels, dim=1)
 
 
 class LayerNormFunction(jt.Function):

@@ -140,7 +140,8 @@ def run_code(headers, code, inputs, outputs, numbers):
     number is data["NAME"]. Numbers are data and not text: another shape needs no new compilation.
     """
     types = TYPES[on_gpu()]
-    if [x for x in inputs if x.dtype not in types]:
+    # A single integer is a count, of any device.
+    if [x for x in inputs if x.dtype not in types and (x.dtype, x.numel()) != ("int32", 1)]:
         got = ", ".join(str(x.dtype) for x in inputs)
         raise ValueError(f"the kernels are for {', '.join(types)}, got {got}; use x.float32()")
     shapes, dtypes = [shape for shape, _ in outputs], [dtype for _, dtype in outputs]

@@ -21,7 +21,6 @@ from .functions import (
     has_fused_kernel,
     has_merged_kernel,
     merged_depthwise,
-    one,
     without_gradient,
 )
 from .launch import cast, has_kernel
@@ -97,18 +96,24 @@ class BatchNorm2d(nn.Module):
                 "BatchNorm2d in training needs more than one value per channel, "
                 f"got shape {x.shape}"
             )
-        statistics = self.running_mean, self.running_var
-        y, running_mean, running_var = BatchNormFunction.apply(
-            x, self.weight, self.bias, *statistics, self.momentum, self.eps, activation
-        )
-        self.keep_statistics(running_mean, running_var)
+        function = BatchNormFunction()
+        variables = self.weight, self.bias, self.statistics()
+        y = function(x, *variables, self.momentum, self.eps, activation)
+        self.keep_statistics(*function.statistics)
         return y
 
-    def keep_statistics(self, running_mean, running_var):
-        """Count a batch, after which the running statistics are these."""
-        self.running_mean.update(running_mean)
-        self.running_var.update(running_var)
-        self.num_batches_tracked.update(self.num_batches_tracked + one())
+    def statistics(self):
+        """Running mean and variance, and the number of batches in them, int32 as kernels take it.
+
+        In a checkpoint of PyTorch's it is int64.
+        """
+        return self.running_mean, self.running_var, cast(self.num_batches_tracked, "int32")
+
+    def keep_statistics(self, *new):
+        """Let what `statistics` returns be `new`."""
+        own = self.running_mean, self.running_var, self.num_batches_tracked
+        for var, value in zip(own, new):
+            var.update(value)
 
 
 def infers(module):

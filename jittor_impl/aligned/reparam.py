@@ -14,35 +14,35 @@ from .start import jt
 class ReparamFunction(jt.Function):
     """The sum of norm(conv(x)) over a dilated reparam block's branches, in training on the CPU.
 
-    x (B, C, H, W); of each branch weight (C, 1, K, K), gamma, beta and the running statistics (C,);
-    dilations: of each branch. Returns the sum (B, C, H, W), and of each branch its new running mean
-    and variance.
+    x (B, C, H, W); of each branch weight (C, 1, K, K), gamma, beta and the running statistics (C,),
+    and the number of batches in them, int32; dilations: of each branch. Returns the sum
+    (B, C, H, W); `running` are the new statistics and number of each branch, one after another.
     """
 
     headers = (*DepthwiseConvFunction.headers[0], "reparam_cpu.h"), ()
 
     def execute(self, x, dilations, eps, momentum, *variables):
         B, C, H, W = x.shape
-        branches = [variables[i : i + 5] for i in range(0, len(variables), 5)]
+        branches = [variables[i : i + 6] for i in range(0, len(variables), 6)]
         self.dilations, self.sizes = dilations, {"B": B, "C": C, "H": H, "W": W}
-        per_channel, n = ((C,), "float32"), len(branches)
+        n = len(branches)
         # Whole vectors of planes, of up to 16 lanes.
         convolved = (n, -(-B * C // 16) * 16, H, W), x.dtype
         statistics = (2, n, C), "float32"
-        y, convolved, statistics, *new = self.run(
+        y, convolved, statistics, *self.running = self.run(
             "reparam",
             "TrainedBranch",
             [x],
             branches,
             [(x.shape, x.dtype), convolved, statistics],
-            [[per_channel, per_channel] for _ in branches],
+            [[(v.shape, v.dtype) for v in branch[3:]] for branch in branches],
             {"eps": float(eps), "momentum": float(momentum)},
         )
         self.saved = x, convolved, statistics
         self.branches = [(weight, gamma) for weight, gamma, *_ in branches]
-        return y, *new
+        return y
 
-    def grad(self, grad_y, *_):
+    def grad(self, grad_y):
         given = [
             [(weight.shape, weight.dtype)] + 2 * [(gamma.shape, gamma.dtype)]
             for weight, gamma in self.branches
@@ -57,7 +57,7 @@ class ReparamFunction(jt.Function):
             given,
             {},
         )
-        of_branches = [(*grads[i : i + 3], None, None) for i in range(0, len(grads), 3)]
+        of_branches = [(*grads[i : i + 3], None, None, None) for i in range(0, len(grads), 3)]
         return grad_x, None, None, None, *chain.from_iterable(of_branches)
 
     def run(self, kernel, struct, inputs, branches, outputs, of_branches, numbers):
@@ -120,18 +120,18 @@ def reparam(x, branches):
     check_channels("Conv2d", x, branches[0][0].in_channels)
     norms = [norm for _, norm in branches]
     variables = [
-        (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        for conv, norm in branches
+        (conv.weight, norm.weight, norm.bias, *norm.statistics()) for conv, norm in branches
     ]
-    y, *new = ReparamFunction.apply(
+    function = ReparamFunction()
+    y = function(
         x,
         tuple(conv.dilation[0] for conv, _ in branches),
         norms[0].eps,
         norms[0].momentum,
         *chain.from_iterable(variables),
     )
-    for norm, mean, var in zip(norms, new[::2], new[1::2]):
-        norm.keep_statistics(mean, var)
+    for i, norm in enumerate(norms):
+        norm.keep_statistics(*function.running[3 * i : 3 * i + 3])
     return y
 
 

@@ -1,6 +1,7 @@
-// What acts on whole channels on the CPU, forward and backward: squeeze-and-excitation and LayerScale.
+// What acts on whole channels on the CPU, forward and backward: squeeze-and-excitation, LayerScale, and copies.
 // Maps (B, C, P) with P = H*W, contiguous float32. Include activation_cpu.h before it.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -126,6 +127,12 @@ inline void layer_scale_backward(const float* x, const float* weight, const floa
         grad_weight[c] = sum_weight;
         grad_bias[c] = sum_bias;
     }
+}
+
+// `count` channels of each of B images of P pixels, from maps of from_channels to maps of to_channels.
+inline void copy_channels(const float* from, int from_channels, float* to, int to_channels, int count, int B, int64_t P) {
+    #pragma omp parallel for schedule(static)
+    for (int n = 0; n < B; n++) std::copy_n(from + n * from_channels * P, count * P, to + n * to_channels * P);
 }
 
 }  // namespace overlock

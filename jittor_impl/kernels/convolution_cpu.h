@@ -467,11 +467,8 @@ inline void sum_planes(const float* grad_y, int images, int outs, int64_t plane,
     }
 }
 
-// grad_weight (out, in, kernel_h, kernel_w) and, unless null, grad_bias (out).
-inline void convolution_grad_weight(const float* x, const float* grad_y, float* grad_weight, float* grad_bias,
-                                    const Convolution& c) {
+inline void convolution_grad_weight(const float* x, const float* grad_y, float* grad_weight, const Convolution& c) {
     const Columns g = c.columns();
-    if (grad_bias) sum_planes(grad_y, c.images, c.out_channels, (int64_t)g.rows * g.cols, grad_bias);
     if (g.taps() == 1 && c.stride == 1 && c.padding == 0) return pointwise_grad_weight(x, grad_y, grad_weight, c);
     const Columns identity{c.images, c.out_channels, g.rows, g.cols, g.rows, g.cols, 1, {0}, {0}};
     const int taps = g.taps(), outs = c.out_channels, block = 256;  // columns packed at a time
@@ -517,6 +514,14 @@ inline void convolution_grad_weight(const float* x, const float* grad_y, float* 
                 }
         sums.finish();
     }
+}
+
+// grad_x, grad_weight (out, in, kernel_h, kernel_w) and grad_bias (out), each unless it is null.
+inline void convolution_gradients(const float* x, const float* weight, const float* grad_y, float* grad_x,
+                                  float* grad_weight, float* grad_bias, const Convolution& c) {
+    if (grad_x) convolution_grad_x(grad_y, weight, grad_x, c);
+    if (grad_weight) convolution_grad_weight(x, grad_y, grad_weight, c);
+    if (grad_bias) sum_planes(grad_y, c.images, c.out_channels, (int64_t)c.out_height() * c.out_width(), grad_bias);
 }
 
 }  // namespace overlock

@@ -22,11 +22,13 @@ inline double channel_mean(int B, int C, int64_t P, int c, Term term) {
 }
 
 // y = activation of the normalised x; mean (C), inv_std (C), and the running statistics after this batch (PyTorch:
-// running variance unbiased).
+// running variance unbiased), with the number of batches in them.
 inline void batch_norm_activation(const float* x, const float* weight, const float* bias, const float* running_mean,
-                                  const float* running_var, float* y, float* mean, float* inv_std, float* new_mean,
-                                  float* new_var, int B, int C, int64_t P, float eps, float momentum, int activation) {
+                                  const float* running_var, const int* batches, float* y, float* mean, float* inv_std,
+                                  float* new_mean, float* new_var, int* new_batches, int B, int C, int64_t P, float eps,
+                                  float momentum, int activation) {
     const double count = (double)B * P;
+    *new_batches = *batches + 1;
     #pragma omp parallel for schedule(static)
     for (int c = 0; c < C; c++) {
         const float m = channel_mean(B, C, P, c, [&](int64_t i) { return x[i]; });
@@ -46,10 +48,11 @@ inline void batch_norm_activation(const float* x, const float* weight, const flo
 }
 
 inline void batch_norm(const float* x, const float* weight, const float* bias, const float* running_mean,
-                       const float* running_var, float* y, float* mean, float* inv_std, float* new_mean, float* new_var,
-                       int B, int C, int64_t P, float eps, float momentum) {
-    batch_norm_activation(x, weight, bias, running_mean, running_var, y, mean, inv_std, new_mean, new_var, B, C, P, eps,
-                          momentum, IDENTITY);
+                       const float* running_var, const int* batches, float* y, float* mean, float* inv_std,
+                       float* new_mean, float* new_var, int* new_batches, int B, int C, int64_t P, float eps,
+                       float momentum) {
+    batch_norm_activation(x, weight, bias, running_mean, running_var, batches, y, mean, inv_std, new_mean, new_var,
+                          new_batches, B, C, P, eps, momentum, IDENTITY);
 }
 
 inline void batch_norm_activation_backward(const float* x, const float* weight, const float* bias, const float* mean,

@@ -52,11 +52,12 @@ __global__ void batch_norm_moments_kernel(const T* __restrict__ x, float* __rest
 // A thread for each channel.
 __global__ void batch_norm_statistics_kernel(
         const float* __restrict__ moments, const float* __restrict__ running_mean,
-        const float* __restrict__ running_var, float* __restrict__ mean, float* __restrict__ inv_std,
-        float* __restrict__ new_mean, float* __restrict__ new_var,
-        int C, int count, int chunks, float eps, float momentum) {
+        const float* __restrict__ running_var, const int* __restrict__ batches, float* __restrict__ mean,
+        float* __restrict__ inv_std, float* __restrict__ new_mean, float* __restrict__ new_var,
+        int* __restrict__ new_batches, int C, int count, int chunks, float eps, float momentum) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;
+    if (c == 0) *new_batches = *batches + 1;
     double m = 0, squares = 0;
     for (int k = 0; k < chunks; k++) {
         const Chunk chunk(count, k, chunks);
@@ -210,13 +211,13 @@ __global__ void channel_norm_grad_x_kernel(const T* __restrict__ x, const Param*
 // moments: scratch memory, (chunks, C, 2).
 template <typename T, typename Param>
 void batch_norm(const T* x, const Param* weight, const Param* bias, const float* running_mean, const float* running_var,
-                T* y, float* mean, float* inv_std, float* new_mean, float* new_var, float* moments,
-                int B, int C, int P, float eps, float momentum, int chunks, cudaStream_t stream) {
+                const int* batches, T* y, float* mean, float* inv_std, float* new_mean, float* new_var,
+                int* new_batches, float* moments, int B, int C, int P, float eps, float momentum, int chunks, cudaStream_t stream) {
     const int count = B * P;
     const dim3 grid(C, chunks);
     OVERLOCK_LAUNCH(batch_norm_moments_kernel, grid, SUM_THREADS, SUM_BYTES, stream, x, moments, C, P, count);
     OVERLOCK_LAUNCH(batch_norm_statistics_kernel, blocks_of(C, SUM_THREADS), SUM_THREADS, 0, stream,
-                    moments, running_mean, running_var, mean, inv_std, new_mean, new_var,
+                    moments, running_mean, running_var, batches, mean, inv_std, new_mean, new_var, new_batches,
                     C, count, chunks, eps, momentum);
     OVERLOCK_LAUNCH(batch_norm_apply_kernel, grid, SUM_THREADS, 0, stream,
                     x, weight, bias, mean, inv_std, y, C, P, count);

@@ -6,10 +6,13 @@
 
 namespace overlock {
 
-// weight (C, kernel, kernel); the others (C). What the forward pass writes: the running statistics after this batch.
+// weight (C, kernel, kernel), batches a number; the others (C). What the forward pass writes: the running statistics
+// after this batch, and the number of batches in them.
 struct TrainedBranch {
     const float *weight, *gamma, *beta, *running_mean, *running_var;
+    const int* batches;
     float *new_mean, *new_var;
+    int* new_batches;
     int kernel, dilation;
 };
 
@@ -67,9 +70,10 @@ inline void reparam(const float* x, const TrainedBranch* branches, int count, fl
     }
     std::vector<float> shift(C);  // of all branches
     std::vector<float> scale((int64_t)count * C);
-    for (int n = 0; n < count; n++)
+    for (int n = 0; n < count; n++) {
+        const TrainedBranch& b = branches[n];
+        *b.new_batches = *b.batches + 1;
         for (int c = 0; c < C; c++) {
-            const TrainedBranch& b = branches[n];
             double mean = 0, square = 0;
             for (int64_t at = c; at < planes.planes; at += C) mean += means[n * padded + at];
             mean /= B;
@@ -87,6 +91,7 @@ inline void reparam(const float* x, const TrainedBranch* branches, int count, fl
             scale[n * C + c] = b.gamma[c] * inv;
             shift[c] += b.beta[c];
         }
+    }
     Scratch mean_lanes, scale_lanes, shift_lanes;
     planes.spread(count, mean_lanes, [&](int c, int n) { return statistics[n * C + c]; });
     planes.spread(count, scale_lanes, [&](int c, int n) { return scale[n * C + c]; });

@@ -49,6 +49,7 @@
 typedef int64_t I;
 typedef void* M;   // maps of T
 typedef float* F;
+typedef int* N;
 
 KERNEL(depthwise, (M x, M w, M b, M y, I B, I C, I H, I W, I K, I d, I residual),
        depthwise((T*)x, (T*)w, (T*)b, (T*)y, B, C, H, W, K, d, residual, 0))
@@ -56,8 +57,8 @@ KERNEL(depthwise_gradients, (M x, M w, M gy, M gx, M gw, M gb, F partial, I B, I
                              I chunks),
        depthwise_gradients((T*)x, (T*)w, (T*)gy, (T*)gx, (T*)gw, (T*)gb, partial, B, C, H, W, K, d, residual, chunks,
                            0))
-KERNEL(batch_norm, (M x, F w, F b, F rm, F rv, M y, F m, F s, F nm, F nv, F sums, I B, I C, I P, I chunks),
-       batch_norm((T*)x, w, b, rm, rv, (T*)y, m, s, nm, nv, sums, B, C, P, 1e-5, 0.1, chunks, 0))
+KERNEL(batch_norm, (M x, F w, F b, F rm, F rv, N n, M y, F m, F s, F nm, F nv, N nn, F sums, I B, I C, I P, I chunks),
+       batch_norm((T*)x, w, b, rm, rv, n, (T*)y, m, s, nm, nv, nn, sums, B, C, P, 1e-5, 0.1, chunks, 0))
 KERNEL(batch_norm_backward, (M x, F w, F m, F s, M gy, M gx, F gw, F gb, F sums, I B, I C, I P, I chunks),
        batch_norm_backward((T*)x, w, m, s, (T*)gy, (T*)gx, gw, gb, sums, B, C, P, chunks, 0))
 KERNEL(channel_norm, (M x, F w, F b, M y, F m, F s, I B, I C, I P),

@@ -2,8 +2,8 @@
 
     python tools/gpu/kernels.py [--device cuda] [--small] [--time] [--output results.jsonl]
 
-Outputs and scratch memory are NaN before each call, so that every number must be written; each
-kernel runs twice and has to give the same bits. A line of JSON for each case, with the largest
+Outputs and scratch memory are NaN, or -1, before each call, so that every number must be written;
+each kernel runs twice and has to give the same bits. A line of JSON for each case, with the largest
 error of its outputs; exits with the number of cases that failed. --time measures instead, in
 float32 at the sizes of XT, 224 pixels, batch 128, and says how many times its floor a kernel takes:
 its bytes at the copy bandwidth measured here or its multiply-adds at the rate of a matrix product,
@@ -227,9 +227,10 @@ class Cases:
             Y = F.batch_norm(X, *statistics, Wt, Bs, True, 0.1, 1e-5)
             expected = torch.autograd.grad(Y, leaves, grad_y.double())
             mean, inv_std = moments((0, 2, 3), 1e-5)
-            outputs = [y, *of_channels]
-            arguments = [x, weight, bias, *running, *outputs, sums, *numbers]
-            wanted = [Y, mean, inv_std, *statistics]
+            batches = torch.tensor(7, dtype=torch.int32, device=self.device)
+            outputs = [y, *of_channels, torch.empty_like(batches)]
+            arguments = [x, weight, bias, *running, batches, *outputs, sums, *numbers]
+            wanted = [Y, mean, inv_std, *statistics, batches.double() + 1]
             yield Case("batch_norm", arguments, outputs, wanted, shape, [sums])
             mean, inv_std = mean.float(), inv_std.float()
             arguments = [x, weight, mean, inv_std, grad_y, *grads, sums, *numbers]
@@ -338,7 +339,7 @@ class Cases:
 
 def run_poisoned(kernels, case):
     for tensor in (*case.outputs, *case.scratch):
-        tensor.fill_(math.nan)
+        tensor.fill_(math.nan if tensor.is_floating_point() else -1)
     kernels.run(case)
     kernels.synchronize()
     return [tensor.clone() for tensor in case.outputs]
