@@ -166,10 +166,13 @@ static void norms(int B, int C, int P, int chunks, float mean) {
     std::vector<float> scratch((size_t)(chunks + 1) * C * 2, NAN);
     {
         Result<float> m(C), inv(C), new_mean(C), new_var(C);
-        overlock::batch_norm(x.f(), weight.f(), bias.f(), old_mean.f(), old_var.f(), y.f(), m.f(), inv.f(),
-                             new_mean.f(), new_var.f(), B, C, P, 1e-5, 0.1);
-        overlock::batch_norm<T, Param>(x, weight, bias, old_mean, old_var, y, m, inv, new_mean, new_var,
-                                       scratch.data(), B, C, P, 1e-5, 0.1, chunks, 0);
+        const int batches = 7;
+        int new_batches[2] = {};
+        overlock::batch_norm(x.f(), weight.f(), bias.f(), old_mean.f(), old_var.f(), &batches, y.f(), m.f(), inv.f(),
+                             new_mean.f(), new_var.f(), new_batches, B, C, P, 1e-5, 0.1);
+        overlock::batch_norm<T, Param>(x, weight, bias, old_mean, old_var, &batches, y, m, inv, new_mean, new_var,
+                                       new_batches + 1, scratch.data(), B, C, P, 1e-5, 0.1, chunks, 0);
+        failed |= new_batches[0] != 8 || new_batches[1] != 8;
         y.compare("batch_norm y", limit);
         new_mean.compare("running mean");
         new_var.compare("running variance");

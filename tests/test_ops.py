@@ -211,7 +211,9 @@ def test_cuda_kernels_compile(impl, tmp_path, monkeypatch):
     for i, (_, code, inputs, outputs) in enumerate(calls):
         names = [f"in{k}_p" for k in range(len(inputs))]
         names += [f"out{k}_p" for k in range(len(outputs))]
-        types = [{**CUDA_TYPES, "float64": "double"}[dtype] for dtype in inputs + outputs]
+        types = [
+            {**CUDA_TYPES, "float64": "double", "int32": "int"}[dtype] for dtype in inputs + outputs
+        ]
         types += ["Var"] * len(names)
         names += [name.removesuffix("_p") for name in names]
         arguments = ", ".join(f"{type_}* {name}" for type_, name in zip(types, names))

@@ -130,7 +130,8 @@ inline void layer_scale_backward(const float* x, const float* weight, const floa
 }
 
 // `count` channels of each of B images of P pixels, from maps of from_channels to maps of to_channels.
-inline void copy_channels(const float* from, int from_channels, float* to, int to_channels, int count, int B, int64_t P) {
+inline void copy_channels(const float* from, int from_channels, float* to, int to_channels, int count, int B,
+                          int64_t P) {
     #pragma omp parallel for schedule(static)
     for (int n = 0; n < B; n++) std::copy_n(from + n * from_channels * P, count * P, to + n * to_channels * P);
 }

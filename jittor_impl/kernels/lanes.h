@@ -41,6 +41,52 @@ inline Lanes sum_of(int64_t n, Term term) {
     return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
+// The floats of a vector combined, by halves.
+template <typename Combine>
+inline float reduce(const Lanes& lanes, Combine combine) {
+    float values[LANES];
+    store(lanes, values);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; k++) values[k] = combine(values[k], values[k + half]);
+    return values[0];
+}
+inline float sum_of(const Lanes& lanes) {
+    return reduce(lanes, [](float a, float b) { return a + b; });
+}
+
+// n floats, at most LANES; behind them the vector has `rest`.
+inline Lanes load_few(const float* from, int n, float rest = 0) {
+#ifdef __AVX512F__
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(rest), (1u << n) - 1, from);
+#else
+    float values[LANES];
+    for (int k = 0; k < LANES; k++) values[k] = k < n ? from[k] : rest;
+    return load(values);
+#endif
+}
+inline void store_few(const Lanes& lanes, int n, float* to) {
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(to, (1u << n) - 1, lanes);
+#else
+    float values[LANES];
+    store(lanes, values);
+    for (int k = 0; k < n; k++) to[k] = values[k];
+#endif
+}
+
+// Calls visit(k, count) for n floats, a vector of `count` at a time, from k on.
+template <typename Visit>
+inline void for_vectors(int n, Visit visit) {
+    int k = 0;
+    for (; k + LANES <= n; k += LANES) visit(k, LANES);
+    if (k < n) visit(k, n - k);
+}
+
+// n floats, where a call of memmove takes longer than they do.
+inline void copy_few(const float* from, int n, float* to) {
+    for_vectors(n, [=](int k, int count) { store_few(load_few(from + k, count), count, to + k); });
+}
+
 // Scratch memory of whole vectors.
 struct Scratch {
     std::vector<float> storage;

@@ -15,16 +15,55 @@ struct Windows {
     int first_row(int i) const { return window_start(i, H, K); }
     int first_col(int j) const { return window_start(j, W, K); }
 
-    // Whether each window is the whole map: then the weights are a dense matrix (H*W, K*K), and the functions below take
-    // all rows at once, as row 0.
-    bool whole() const { return K == H && K == W; }
-    int rows() const { return whole() ? 1 : H; }
-    int pixels_of_row() const { return whole() ? H * W : W; }
+    // Whether the map is so small that the weights of all windows are one matrix (H*W, H*W), with zeros outside of
+    // them: more products, but none has to be looked for. Then the functions below take all rows at once, as row 0.
+    bool dense() const { return H * W <= 256; }
+    bool whole() const { return K == H && K == W; }  // each window is the map, and `attn` that matrix
+    int rows() const { return dense() ? 1 : H; }
+    int pixels_of_row() const { return dense() ? H * W : W; }
+
+    struct Matrix {
+        const float* data;
+        int64_t step;
+    };
+
+    // That matrix. `scratch` has zeros outside of the windows, from the start or from the last call.
+    Matrix matrix(const float* attn, float* scratch) const {
+        if (whole()) return {attn, attn_step};
+        for (int i = 0; i < H; i++)
+            for (int j = 0; j < W; j++, attn += attn_step) {
+                float* row = scratch + ((int64_t)i * W + j) * H * W + first_row(i) * W + first_col(j);
+                for (int p = 0; p < K; p++) copy_few(attn + p * K, K, row + p * W);
+            }
+        return {scratch, H * W};
+    }
+
+    // Calls visit(r, n, first, count) for pixels r to r + n - 1 and the `count` pixels from `first` on that belong to
+    // them: of(a, b) are the rows of the map that do to rows a to b.
+    template <typename Rows, typename Visit>
+    void for_tiles(Rows of, Visit visit) const {
+        for (int r = 0; r < H * W; r += TILE_ROWS) {
+            const int n = std::min(TILE_ROWS, H * W - r);
+            const Span rows = of(r / W, (r + n - 1) / W);
+            visit(r, n, rows.first * W, rows.count * W);
+        }
+    }
+    auto window_rows() const {
+        return [this](int a, int b) { return windows_of(a, b, H, K); };
+    }
+    auto query_rows() const {
+        return [this](int a, int b) { return queries_of(a, b, H, K); };
+    }
 
     // Row i of the output, (W, width), from value (H, W, width); width: channels, in whole vectors.
     void forward(int i, const float* attn, const float* value, float* out, int width, float* scratch) const {
-        if (whole())
-            return product(attn, attn_step, 1, value, width, nullptr, out, width, H * W, K * K, width);
+        if (dense()) {
+            const Matrix m = matrix(attn, scratch);
+            return for_tiles(window_rows(), [=](int r, int n, int first, int count) {
+                product(m.data + r * m.step + first, m.step, 1, value + (int64_t)first * width, width, nullptr,
+                        out + (int64_t)r * width, width, n, count, width);
+            });
+        }
         const int row = first_row(i);
         for (int j = 0; j < W; j += TILE_ROWS) {
             const int n = std::min(TILE_ROWS, W - j), left = first_col(j), span = first_col(j + n - 1) + K - left;
@@ -63,17 +102,18 @@ struct Windows {
     // grad_out (H, W, width), value_t (dim, H*W + padding), rows value_step apart.
     void grad_attn(int i, const float* grad_out, const float* value_t, int64_t value_step, float* grad, int width,
                    int dim, float* scratch) const {
+        if (dense())
+            return for_tiles(window_rows(), [=](int r, int n, int first, int count) {
+                const int step = whole_vectors(count);
+                product(grad_out + (int64_t)r * width, width, 1, value_t + first, value_step, nullptr, scratch, step, n,
+                        dim, step);
+                for (int t = 0; t < n; t++) {
+                    const int i = (r + t) / W, j = (r + t) % W;
+                    const float* row = scratch + t * step + first_row(i) * W + first_col(j) - first;
+                    for (int p = 0; p < K; p++) copy_few(row + p * W, K, grad + (r + t) * attn_step + p * K);
+                }
+            });
         const int row = first_row(i);
-        if (whole()) {
-            const int step = whole_vectors(K * K);
-            for (int j = 0; j < H * W; j += TILE_ROWS) {
-                const int n = std::min(TILE_ROWS, H * W - j);
-                product(grad_out + (int64_t)j * width, width, 1, value_t, value_step, nullptr, scratch, step, n, dim,
-                        step);
-                for (int t = 0; t < n; t++) std::copy_n(scratch + t * step, K * K, grad + (j + t) * attn_step);
-            }
-            return;
-        }
         for (int j = 0; j < W; j += TILE_ROWS) {
             const int n = std::min(TILE_ROWS, W - j), left = first_col(j), span = first_col(j + n - 1) + K - left;
             const int step = whole_vectors(span);
@@ -89,8 +129,13 @@ struct Windows {
 
     // Row y of grad_value, (W, width): attn * grad_out, summed over the pixels whose window contains the value.
     void grad_value(int y, const float* attn, const float* grad_out, float* grad, int width, float* scratch) const {
-        if (whole())
-            return product(attn, 1, attn_step, grad_out, width, nullptr, grad, width, K * K, H * W, width);
+        if (dense()) {
+            const Matrix m = matrix(attn, scratch);
+            return for_tiles(query_rows(), [=](int r, int n, int first, int count) {
+                product(m.data + first * m.step + r, 1, m.step, grad_out + (int64_t)first * width, width, nullptr,
+                        grad + (int64_t)r * width, width, n, count, width);
+            });
+        }
         for (int x = 0; x < W; x += TILE_ROWS) {
             const int n = std::min(TILE_ROWS, W - x);
             int c = 0;
@@ -121,7 +166,10 @@ struct Windows {
     }
 
     // Floats of scratch that each of these needs.
-    int64_t scratch_size() const { return TILE_ROWS * (K + TILE_ROWS + LANES) * std::max(K, 2); }
+    int64_t scratch_size() const {
+        const int64_t pixels = H * W, tile = TILE_ROWS * (K + TILE_ROWS + LANES) * std::max(K, 2);
+        return dense() ? std::max(pixels * pixels, (int64_t)TILE_ROWS * whole_vectors(pixels)) : tile;
+    }
 };
 
 // The maps of all heads, (N, H, W, dim), with each pixel's channels filled up to whole vectors.

@@ -212,7 +212,8 @@ __global__ void channel_norm_grad_x_kernel(const T* __restrict__ x, const Param*
 template <typename T, typename Param>
 void batch_norm(const T* x, const Param* weight, const Param* bias, const float* running_mean, const float* running_var,
                 const int* batches, T* y, float* mean, float* inv_std, float* new_mean, float* new_var,
-                int* new_batches, float* moments, int B, int C, int P, float eps, float momentum, int chunks, cudaStream_t stream) {
+                int* new_batches, float* moments, int B, int C, int P, float eps, float momentum, int chunks,
+                cudaStream_t stream) {
     const int count = B * P;
     const dim3 grid(C, chunks);
     OVERLOCK_LAUNCH(batch_norm_moments_kernel, grid, SUM_THREADS, SUM_BYTES, stream, x, moments, C, P, count);
