@@ -24,7 +24,7 @@ if not __package__:  # run as a file: the folder around it becomes a package
 
 from . import models
 from .aligned.collectives import launch_command, sum_gradients
-from .aligned.functions import cross_entropy
+from .aligned.functions import constant, cross_entropy
 from .aligned.optim import AdamW
 from .aligned.start import jt
 from .checkpoint import (
@@ -185,7 +185,7 @@ def training_step(model, optimizer, images, labels, args, step=1, count=None):
         take(model, part)
         if parts:  # Jittor is lazy: compute the part before, whose memory this one then takes
             jt.sync_all()
-        output = model(jt.array(images[part.rows]))
+        output = model(constant(images[part.rows]))
         loss, main, aux = losses(output, labels[part.rows], args)
         optimizer.backward(loss * part.share)
         parts.append((main, aux, part.share))

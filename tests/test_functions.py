@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import test_ops
 from under_test import DEVICE, cpu_only
-from jittor_impl import contmix, ops
+from jittor_impl import contmix, models, ops, train
 from jittor_impl.aligned import functions
 from jittor_impl.aligned.foreach import clip_grad_norm, lerp
 from jittor_impl.aligned.functions import (
@@ -158,6 +158,24 @@ def test_gradients_of_a_convolution_of_which_a_part_is_frozen(frozen):
 
 
 @cpu_only("a GPU has Jittor's own operators")
+def test_a_step_computes_no_gradient_of_the_image(monkeypatch):
+    made, original = [], functions.launch
+
+    def launch(kernel, headers, inputs, outputs, *others, **options):
+        if kernel == "convolution_gradients":
+            made.append([like is not None for like in outputs])
+        return original(kernel, headers, inputs, outputs, *others, **options)
+
+    monkeypatch.setattr(functions, "launch", launch)
+    model, args = models.overlock_xxt(num_classes=3), train.make_parser().parse_args([])
+    model.train()
+    images, labels = np.zeros((2, 3, 32, 32), np.float32), np.array([0, 2])
+    train.training_step(model, train.make_optimizer(model, args), images, labels, args)
+    assert sum(not of_x for of_x, *_ in made) == 1
+    assert all(of_weight for _, of_weight, _ in made)
+
+
+@cpu_only("a GPU has Jittor's own operators")
 def test_channels_are_gathered_and_parted():
     """As NumPy does it, forward and backward, with a part that nobody uses."""
     generator = np.random.default_rng(0)
@@ -254,8 +272,8 @@ def contmix_float64(query, key, weight, bias, rpb1, rpb2, x):
     return out.reshape(B, C, H, W)
 
 
-# Maps as small as the large window and larger ones; numbers of channels of a head that fill 8 lanes
-# and that do not; few images and more than 16.
+# Maps as small as the large window and larger ones, up to and above 256 pixels; numbers of channels
+# of a head that fill 8 lanes and that do not; few images and more than 16.
 @pytest.mark.parametrize(
     "B, heads, query_dim, value_dim, H, W, K1, K2, regions",
     [
@@ -263,6 +281,7 @@ def contmix_float64(query, key, weight, bias, rpb1, rpb2, x):
         (3, 4, 3, 8, 7, 7, 5, 7, 7),
         (17, 1, 5, 3, 8, 15, 3, 7, 3),
         (1, 3, 16, 21, 14, 13, 5, 13, 7),
+        (1, 2, 8, 20, 17, 20, 5, 13, 7),
     ],
 )
 def test_contmix(B, heads, query_dim, value_dim, H, W, K1, K2, regions, monkeypatch):
@@ -605,3 +624,7 @@ def test_shapes_that_do_not_fit_are_refused():
         layer.eval()
         with jt.no_grad(), pytest.raises((ValueError, RuntimeError)):
             layer(jt.zeros((1, 4, 8, 8))).sync()
+    with pytest.raises((ValueError, RuntimeError)):
+        cat_channels([jt.zeros((2, 3, 8, 8)), jt.zeros((2, 3, 4, 4))]).sync()
+    with pytest.raises((ValueError, AssertionError)):
+        split_channels(jt.zeros((2, 10, 4, 4)), (4, 4))

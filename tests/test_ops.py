@@ -76,6 +76,9 @@ SHAPES = [
     ((1, 1, 5, 41, 2), 5),
     ((1, 2, 21, 27, 4), 9),
     ((1, 1, 37, 19, 5), 13),
+    # More than 256 pixels, with channels that are whole vectors and that are not
+    ((1, 1, 17, 20, 40), 5),
+    ((1, 1, 17, 20, 32), 5),
 ]
 
 

@@ -206,13 +206,13 @@ class DenseConvFunction(jt.Function):
 
     def execute(self, x, weight, bias, stride, padding, dilation):
         self.x, self.weight = x, weight
-        # Now: once this function is recorded, its inputs have no gradient, which is its own.
+        # Asked now: when this function has been recorded, Jittor calls its inputs stopped as well.
         self.like = [None if v is None or v.is_stop_grad() else v for v in (x, weight, bias)]
         self.geometry, shape = dense_geometry(x, weight, stride, padding, dilation)
         return self.run("convolution", [x, weight, bias], [(shape, x.dtype)])[0]
 
     def grad(self, grad_y):
-        # One kernel, which leaves out what is not asked for: the stem's image has no gradient.
+        # One kernel, which leaves out what is stopped: the image of the stem (train.py).
         made = iter(self.run("convolution_gradients", [self.x, self.weight, grad_y], self.like))
         return *(None if v is None else next(made) for v in self.like), None, None, None
 
@@ -636,11 +636,15 @@ class CatFunction(jt.Function):
     def gather(self, maps):
         B, _, H, W = maps[0].shape
         channels = [x.shape[1] for x in maps]
+        if any(tuple(x.shape) != (B, n, H, W) for x, n in zip(maps, channels)):
+            raise ValueError(f"cat_channels: maps {[tuple(x.shape) for x in maps]} differ in size")
         whole = (B, sum(channels), H, W), maps[0].dtype
         return self.copy(maps, [whole], channels, True)[0]
 
     def part(self, x, channels):
-        B, _, H, W = x.shape
+        B, C, H, W = x.shape
+        if sum(channels) != C:
+            raise ValueError(f"split_channels: {tuple(channels)} are not the {C} channels of x")
         return self.copy([x], [((B, n, H, W), x.dtype) for n in channels], channels, False)
 
     def copy(self, inputs, outputs, channels, gathers):

@@ -13,7 +13,8 @@ FOLDER = Path(__file__).resolve().parent
 # Beside this folder; within it in a copy of this folder alone (README.md).
 KERNELS = next(path for path in (FOLDER / "kernels", FOLDER.parent / "kernels") if path.is_dir())
 KERNELS = in_cache(KERNELS.glob("*.h"), jt.compiler.cache_path)
-# What the kernels read and write, by jt.flags.use_cuda; sums and statistics are float32 for each.
+# The maps that kernels read and write, by jt.flags.use_cuda; sums and statistics are float32 for
+# each.
 TYPES = {0: ("float32",), 1: ("float32", "float16", "bfloat16")}
 
 
@@ -140,8 +141,9 @@ def run_code(headers, code, inputs, outputs, numbers):
     number is data["NAME"]. Numbers are data and not text: another shape needs no new compilation.
     """
     types = TYPES[on_gpu()]
-    # A single integer is a count, of any device.
-    if [x for x in inputs if x.dtype not in types and (x.dtype, x.numel()) != ("int32", 1)]:
+    # The first is a map. Beside it a single integer is a count.
+    unfit = [x for x in inputs if x.dtype not in types and (x.dtype, x.numel()) != ("int32", 1)]
+    if unfit or inputs[0].dtype not in types:
         got = ", ".join(str(x.dtype) for x in inputs)
         raise ValueError(f"the kernels are for {', '.join(types)}, got {got}; use x.float32()")
     shapes, dtypes = [shape for shape, _ in outputs], [dtype for _, dtype in outputs]

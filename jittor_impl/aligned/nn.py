@@ -103,10 +103,7 @@ class BatchNorm2d(nn.Module):
         return y
 
     def statistics(self):
-        """Running mean and variance, and the number of batches in them, int32 as kernels take it.
-
-        In a checkpoint of PyTorch's it is int64.
-        """
+        """Running mean and variance, and the number of batches in them as kernels take it, int32."""
         return self.running_mean, self.running_var, cast(self.num_batches_tracked, "int32")
 
     def keep_statistics(self, *new):

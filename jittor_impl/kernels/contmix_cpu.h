@@ -42,7 +42,7 @@ struct ContMixScratch {
     const int64_t value_step;
     int head = -1;  // whose biases are there
     std::vector<float> bias, key, affinity, weights, grad_affinity, grad_query, value, grad_out, rows, value_t, tile;
-    std::vector<float> windows[2];  // what Windows::matrix keeps
+    std::vector<float> windows[2];  // of each half, since Windows::matrix keeps its zeros
 
     explicit ContMixScratch(const ContMixGeometry& c)
         : regions(whole_vectors(c.regions)), kernels(whole_vectors(c.kernels())), width(whole_vectors(c.value_dim)),
@@ -61,12 +61,13 @@ struct ContMixScratch {
         if (head == of_head) return;
         head = of_head;
         bias.resize((int64_t)c.pixels() * c.kernels());
-        const float *small = rpb1 + head * c.table(c.K1), *large = rpb2 + head * c.table(c.K2) - c.table(c.K1);
+        const int table = c.table(c.K1);
+        const float *small = rpb1 + head * table, *large = rpb2 + head * c.table(c.K2);
         for (int i = 0; i < c.H; i++)
             for (int j = 0; j < c.W; j++) {
                 float* at = bias.data() + (int64_t)(i * c.W + j) * c.kernels();
                 c.for_window_rows(i, j, [=](int k, int entry, int K) {
-                    std::copy_n((entry < c.table(c.K1) ? small : large) + entry, K, at + k);
+                    std::copy_n(entry < table ? small + entry : large + entry - table, K, at + k);
                 });
             }
     }

@@ -6,8 +6,8 @@
 
 namespace overlock {
 
-// One head's map. Six pixels of a row are worked on at a time: their windows together are up to K + 5 columns wide,
-// and their weights, laid out over that width with zeros elsewhere, make six rows of a matrix product.
+// One head's map. Six pixels are worked on at a time. In a larger map they are of one row: their windows together are up
+// to K + 5 columns wide, and their weights, laid out over that width with zeros elsewhere, make six rows of a product.
 struct Windows {
     int H, W, K;
     int64_t attn_step;  // from the weights of one pixel to those of the next
