@@ -103,7 +103,7 @@ class BatchNorm2d(nn.Module):
         return y
 
     def statistics(self):
-        """Running mean and variance, and the number of batches in them as kernels take it, int32."""
+        """Running mean and variance, and the number of batches in them, as kernels take it."""
         return self.running_mean, self.running_var, cast(self.num_batches_tracked, "int32")
 
     def keep_statistics(self, *new):
