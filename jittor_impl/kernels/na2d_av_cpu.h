@@ -22,6 +22,13 @@ struct Windows {
     int rows() const { return dense() ? 1 : H; }
     int pixels_of_row() const { return dense() ? H * W : W; }
 
+    // The K rows of a window, from one memory to another, in which they are so far apart.
+    void copy_window(const float* from, int from_step, float* to, int to_step) const {
+        if (from_step == K && to_step == K) std::copy_n(from, K * K, to);
+        else
+            for (int p = 0; p < K; p++) copy_few(from + p * from_step, K, to + p * to_step);
+    }
+
     struct Matrix {
         const float* data;
         int64_t step;
@@ -32,8 +39,8 @@ struct Windows {
         if (whole()) return {attn, attn_step};
         for (int i = 0; i < H; i++)
             for (int j = 0; j < W; j++, attn += attn_step) {
-                float* row = scratch + ((int64_t)i * W + j) * H * W + first_row(i) * W + first_col(j);
-                for (int p = 0; p < K; p++) copy_few(attn + p * K, K, row + p * W);
+                float* row = scratch + ((int64_t)i * W + j) * H * W;
+                copy_window(attn, K, row + first_row(i) * W + first_col(j), W);
             }
         return {scratch, H * W};
     }
@@ -109,8 +116,8 @@ struct Windows {
                         dim, step);
                 for (int t = 0; t < n; t++) {
                     const int i = (r + t) / W, j = (r + t) % W;
-                    const float* row = scratch + t * step + first_row(i) * W + first_col(j) - first;
-                    for (int p = 0; p < K; p++) copy_few(row + p * W, K, grad + (r + t) * attn_step + p * K);
+                    const float* window = scratch + t * step + first_row(i) * W + first_col(j) - first;
+                    copy_window(window, W, grad + (r + t) * attn_step, K);
                 }
             });
         const int row = first_row(i);
