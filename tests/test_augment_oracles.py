@@ -312,6 +312,23 @@ def test_erasing_is_distributed_as_timms(seeded):
         assert abs(len(sample) / DRAWS - 0.9) < 5 * math.sqrt(0.9 * 0.1 / DRAWS)
 
 
+def test_colour_jitter_is_distributed_as_torchvisions(seeded):
+    """The three factors, and in which order they act."""
+    generator = np.random.default_rng(4)
+    functions = augment.brightness, augment.contrast, augment.color
+    jitter = torchvision.ColorJitter(0.4, 0.4, 0.4)  # as timm makes it of 0.4
+    ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+    ours, theirs = [], []
+    for _ in range(DRAWS):
+        steps = augment.draw_color_jitter(0.4, generator)
+        factors, order = dict(steps), [functions.index(function) for function, _ in steps]
+        ours.append([*(factors[function] for function in functions), *order])
+        order, *factors, hue = jitter.get_params(*ranges)
+        assert hue is None
+        theirs.append([*factors, *(place for place in order.tolist() if place < 3)])
+    assert_alike(ours, theirs, ("brightness", "contrast", "color", "first", "second", "third"))
+
+
 def test_operations_are_distributed_as_timms(seeded, monkeypatch):
     """Which are applied, how many of two, with which arguments and filters."""
     config, generator, theirs = "rand-m9-mstd0.5-inc1", np.random.default_rng(3), []
