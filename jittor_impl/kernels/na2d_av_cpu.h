@@ -78,9 +78,7 @@ struct Windows {
             if (span > K || n < TILE_ROWS) {
                 std::fill(scratch, scratch + TILE_ROWS * K * span, 0.f);
                 for (int t = 0; t < n; t++)
-                    for (int p = 0; p < K; p++)
-                        std::copy_n(weights + t * attn_step + p * K, K,
-                                    scratch + (t * K + p) * span + first_col(j + t) - left);
+                    copy_window(weights + t * attn_step, K, scratch + t * K * span + first_col(j + t) - left, span);
                 weights = scratch;
             }
             const int64_t step = weights == scratch ? K * span : attn_step;
@@ -128,8 +126,8 @@ struct Windows {
                 product(grad_out + ((int64_t)i * W + j) * width, width, 1, value_t + (int64_t)(row + p) * W + left,
                         value_step, nullptr, scratch, step, n, dim, step);
                 for (int t = 0; t < n; t++)
-                    std::copy_n(scratch + t * step + first_col(j + t) - left, K,
-                                grad + ((int64_t)i * W + j + t) * attn_step + p * K);
+                    copy_few(scratch + t * step + first_col(j + t) - left, K,
+                             grad + ((int64_t)i * W + j + t) * attn_step + p * K);
             }
         }
     }
